@@ -1,0 +1,17 @@
+"""ComfyUI's face of the engine: every node is a schema, one call and its progress."""
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from .apply_embedding import ApplyEmbedding
+from .load_embedding import LoadEmbedding
+from .load_images import LoadImages
+from .save_embedding import SaveEmbedding
+from .train import Train
+from .training_settings import TrainingSettings
+
+
+class TextualInversionExtension(ComfyExtension):
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadImages, Train, TrainingSettings, SaveEmbedding, LoadEmbedding, ApplyEmbedding]

@@ -1,0 +1,43 @@
+from comfy_api.latest import io
+
+from ..textual_inversion.prompts import check_trigger
+from .sockets import CATEGORY, EmbeddingSocket
+
+
+class ApplyEmbedding(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TI_ApplyEmbedding",
+            display_name="Apply Embedding",
+            category=CATEGORY,
+            description="Gives a CLIP a new word: write the trigger word anywhere in a prompt, without a file.",
+            search_aliases=["textual inversion", "use embedding", "trigger word", "ti apply"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder. It stays as it is; the output knows the word."),
+                EmbeddingSocket.Input("embedding", tooltip="From Train Textual Inversion or Load Embedding."),
+                io.String.Input(
+                    "trigger",
+                    default="",
+                    tooltip="The word to write in prompts. Empty: the word the embedding was trained with.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="Multiplies the vectors. 1: as trained. For one prompt alone, write (word:1.2).",
+                ),
+            ],
+            outputs=[io.Clip.Output(display_name="clip", tooltip="Connect to CLIP Text Encode, or to another Apply.")],
+        )
+
+    @classmethod
+    def execute(cls, clip, embedding, trigger, strength) -> io.NodeOutput:
+        from ..textual_inversion.adapters.comfyui_words import with_words
+
+        word = trigger.strip() or embedding.trigger
+        check_trigger(word)
+        return io.NodeOutput(with_words(clip, embedding.renamed(word).scaled(strength)))

@@ -1,0 +1,130 @@
+import logging
+from pathlib import Path
+
+import folder_paths
+import node_helpers
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..textual_inversion import UserError
+from ..textual_inversion.dataset import fit
+from .sockets import CATEGORY
+
+
+class LoadImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TI_LoadImages",
+            display_name="Load Images (Textual Inversion)",
+            category=CATEGORY,
+            description="All pictures of a folder, in order of their names, with masks and captions.",
+            search_aliases=[
+                "load images",
+                "image folder",
+                "dataset",
+                "load batch",
+                "training images",
+                "captions",
+            ],
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=[".", *folder_paths.get_input_subfolders()],
+                    tooltip="A folder inside ComfyUI's input folder; '.' is the input folder itself.",
+                ),
+                io.String.Input(
+                    "path",
+                    default="",
+                    tooltip="Full path of a folder anywhere on this computer. Used instead of 'folder' when filled.",
+                ),
+                io.Combo.Input(
+                    "crop",
+                    options=["keep shape", "square"],
+                    tooltip="Square cuts out the middle. Keep shape crops less than 8 pixels.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=512,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    tooltip="Pixels a side; with kept shape, the side of a square of the same area. 0: as they are. "
+                    "SD1 likes 512, SDXL 1024.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", is_output_list=True, tooltip="The pictures, one by one."),
+                io.Mask.Output(
+                    display_name="masks",
+                    is_output_list=True,
+                    tooltip="White where a picture is opaque. All white without transparency.",
+                ),
+                io.String.Output(
+                    display_name="captions",
+                    is_output_list=True,
+                    tooltip="Text of NAME.txt beside NAME.png; empty where there is none.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder, path, crop, size):
+        files = sorted(entry for entry in _folder(folder, path).iterdir() if entry.is_file())
+        return [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+
+    @classmethod
+    def execute(cls, folder, path, crop, size) -> io.NodeOutput:
+        images, masks, captions = load_folder(_folder(folder, path), size, crop == "square")
+        return io.NodeOutput(images, masks, captions)
+
+
+def load_folder(folder: Path, size: int, square: bool):
+    """Pictures (1, H, W, 3) in 0..1, masks (1, H, W) and captions of a folder, by file name.
+
+    Rotates as EXIF says; transparent parts become white in the picture and black in the mask.
+    Files that should be pictures and are not are named in a warning and left out.
+
+    Raises UserError when no picture is left.
+    """
+    images, masks, captions, broken = [], [], [], []
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        if file.suffix.lower() == ".txt" or not file.is_file() or file.name.startswith("."):
+            continue
+        try:
+            picture = ImageOps.exif_transpose(node_helpers.pillow(Image.open, file))
+            if picture.mode.startswith("I"):  # 16 bits a pixel
+                picture = picture.point(lambda value: value / 256).convert("L")
+            rgba = picture.convert("RGBA")
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            broken.append(file.name)
+            continue
+        pixels = torch.from_numpy(np.asarray(rgba, dtype=np.float32) / 255)[None]  # (1, H, W, 4)
+        alpha = pixels[..., 3:]
+        pixels = fit(torch.cat([pixels[..., :3] * alpha + (1 - alpha), alpha], dim=-1), size, square)
+        images.append(pixels[..., :3])
+        masks.append(pixels[..., 3])
+        caption = file.with_suffix(".txt")
+        captions.append(caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else "")
+    if broken:
+        logging.warning("Load Images leaves out what is no picture: %s", ", ".join(broken))
+    if not images:
+        raise UserError(f"There is no picture in {folder}: put some there, or choose another folder.")
+    return images, masks, captions
+
+
+def _folder(folder: str, path: str) -> Path:
+    if path.strip():
+        chosen = Path(path.strip()).expanduser()
+        if not chosen.is_absolute():
+            raise UserError(f"{path!r} is no full path: begin at the root, or use 'folder' for ComfyUI's input folder.")
+    else:
+        root = Path(folder_paths.get_input_directory())
+        chosen = root / folder
+        if not chosen.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{folder!r} leaves ComfyUI's input folder: use 'path' for other places.")
+    if not chosen.is_dir():
+        raise UserError(f"The folder {chosen} does not exist: choose another one.")
+    return chosen

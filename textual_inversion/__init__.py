@@ -1,0 +1,20 @@
+"""The training engine: torch only, it knows neither ComfyUI nor diffusers."""
+
+from .config import PreviewConfig, TrainConfig
+from .embedding import Embedding
+from .errors import TrainingError, TrainingStopped, UserError
+from .training import Step, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Embedding",
+    "PreviewConfig",
+    "Step",
+    "TrainConfig",
+    "TrainingError",
+    "TrainingStopped",
+    "UserError",
+    "__version__",
+    "train",
+]

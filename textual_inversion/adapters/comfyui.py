@@ -1,0 +1,246 @@
+"""The MODEL, CLIP and VAE of a ComfyUI graph as a DiffusionModel."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
+from torch import Tensor
+
+from ..embedding import Embedding
+from ..errors import UserError
+from .comfyui_autograd import checkpointed_blocks, mutable_residuals, ordinary_weights, training_flag
+from .comfyui_words import embedding_keys, known_token, sub_tokenizers, token_ids, with_words
+
+Conditioning = list[dict[str, Any]]
+
+
+def _pytorch_attention(_original, *args, **kwargs):
+    """Flash and sage attention have no backward pass; PyTorch's attention has."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+class ComfyModel:
+    """Trains on what the graph has loaded, LoRAs and other patches included.
+
+    Works inside ``with model:`` only, which loads the weights and makes them differentiable;
+    ``with model.paused():`` gives them back for a while. Outside they are bit for bit the graph's.
+    """
+
+    def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, gradient_checkpointing: bool = False):
+        self.keys = embedding_keys(clip)
+        # Dynamic VRAM keeps weights in pages that it may take away in the middle of a backward pass.
+        self._patcher = model.clone(disable_dynamic=True)
+        self._clip = clip.clone(disable_dynamic=True)
+        self._clip.cond_stage_model = self._clip.patcher.model
+        self._vae = vae
+        self._checkpointing = gradient_checkpointing
+        self._contexts = ExitStack()
+
+    # Loading ------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "ComfyModel":
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            # As core's Train LoRA does: everything else may leave the device, these two stay whole.
+            comfy.model_management.load_models_gpu(
+                [self._patcher, self._clip.patcher], memory_required=1e20, force_full_load=True
+            )
+            network, encoder = self._patcher.model, self._clip.cond_stage_model
+            stack.enter_context(ordinary_weights(network))
+            stack.enter_context(ordinary_weights(encoder))
+            stack.enter_context(mutable_residuals(encoder))
+            if self._checkpointing:
+                stack.enter_context(checkpointed_blocks(network.diffusion_model))
+            stack.enter_context(training_flag())
+            stack.callback(self._patcher.cleanup)
+            self._patcher.pre_run()
+            self._contexts = stack.pop_all()
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self._contexts.close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """ComfyUI may move the weights inside, to draw a picture for one."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    @property
+    def device(self) -> torch.device:
+        return self._patcher.load_device
+
+    @property
+    def attention_backend(self) -> str:
+        return comfy.ldm.modules.attention.optimized_attention.__name__.removeprefix("attention_")
+
+    # The word -----------------------------------------------------------------------------------
+
+    def initial_embedding(self, trigger: str, initializer: str, vectors: int) -> Embedding:
+        """Vectors to start from. Call inside ``with model:``.
+
+        As many words as vectors: one each. Fewer: repeated in turn. More: neighbours are averaged.
+        An empty initializer gives the mean of the vocabulary.
+
+        Raises:
+            UserError: the trigger is an ordinary word, or the initializer has no token.
+        """
+        if known_token(self._clip, trigger):
+            raise UserError(
+                f"{trigger!r} is a word the text encoder knows already and would lose: choose a new one, "
+                f"such as '{trigger}-x' or '<{trigger}>'."
+            )
+        start = {}
+        for part in sub_tokenizers(self._clip.tokenizer).values():
+            encoder = getattr(self._clip.cond_stage_model, part.embedding_key)
+            vocabulary = encoder.transformer.get_input_embeddings().weight.detach()  # (tokens, width)
+            rows = vocabulary.float().mean(0, keepdim=True)
+            if initializer:
+                ids = token_ids(part, initializer)
+                if not ids:
+                    raise UserError(f"The initializer {initializer!r} holds no word: write one, or leave it empty.")
+                rows = vocabulary[ids].float()
+            start[part.embedding_key] = _resample(rows, vectors)
+        return Embedding(trigger, start)
+
+    def check_prompts(self, prompts: Sequence[str], embedding: Embedding) -> None:
+        """Raises UserError for a prompt in which the whole word does not fit."""
+        clip = with_words(self._clip, embedding)
+        for prompt in dict.fromkeys(prompts):
+            for sections in clip.tokenize(prompt).values():
+                counts = [sum(torch.is_tensor(token[0]) for token in section) for section in sections]
+                # A repeated word gives multiples; a word torn apart gives fractions.
+                if not any(counts) or any(count % embedding.count for count in counts):
+                    raise UserError(
+                        f"A word of {embedding.count} vectors does not fit into the prompt {prompt!r}: "
+                        "use fewer vectors or a shorter prompt."
+                    )
+
+    # DiffusionModel -----------------------------------------------------------------------------
+
+    def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """One at a time: shapes differ, and video autoencoders take a batch for frames.
+
+        Call it outside ``with model:``: ComfyUI may move other models away to load the VAE.
+        """
+        latent_format = self._patcher.model.latent_format
+        latents = []
+        for image in images:
+            with torch.inference_mode():
+                encoded = self._vae.encode(image)  # (1, C, h, w)
+            if encoded.ndim != 4 or encoded.shape[1] != latent_format.latent_channels:
+                raise UserError(
+                    f"The VAE makes latents of shape {tuple(encoded.shape)}, the MODEL takes "
+                    f"{latent_format.latent_channels} channels: connect the VAE that belongs to the MODEL."
+                )
+            with torch.inference_mode(False):
+                latents.append(self._patcher.model.process_latent_in(encoded.clone().float().cpu())[0])
+        return latents
+
+    def encode_prompts(self, prompts: Sequence[str], embedding: Embedding) -> Conditioning:
+        """Each distinct prompt is encoded once, the way ``CLIP.encode_from_tokens`` does."""
+        clip = with_words(self._clip, embedding)
+        encoder = clip.cond_stage_model
+        encoder.reset_clip_options()
+        if clip.layer_idx is not None:
+            encoder.set_clip_options({"layer": clip.layer_idx})
+        encoder.set_clip_options({"execution_device": clip.patcher.load_device})
+        encoded = {}
+        for prompt in dict.fromkeys(prompts):
+            cross_attn, pooled, *extra = encoder.encode_token_weights(clip.tokenize(prompt))
+            encoded[prompt] = {
+                "cross_attn": cross_attn,
+                "pooled_output": pooled,
+                **(extra[0] if extra else {}),
+            }
+        return [encoded[prompt] for prompt in prompts]
+
+    def sample_sigmas(self, quantiles: Tensor) -> Tensor:
+        sigmas = self._patcher.model.model_sampling.sigmas
+        return sigmas.to(self.device)[(quantiles * len(sigmas)).long().to(self.device)]
+
+    def add_noise(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        return self._patcher.model.model_sampling.noise_scaling(sigmas, noise, latents)
+
+    def denoise(self, noised: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
+        model = self._patcher.model
+        rows = []
+        for row, condition in enumerate(conditioning):
+            parts = model.extra_conds(
+                **condition,
+                noise=noised[row : row + 1],
+                device=noised.device,
+                width=noised.shape[-1] * 8,
+                height=noised.shape[-2] * 8,
+                prompt_type="positive",
+            )
+            rows.append({name: part.process_cond(batch_size=1, area=None) for name, part in parts.items()})
+        options = {
+            **self._patcher.model_options["transformer_options"],
+            "optimized_attention_override": _pytorch_attention,
+            "cond_or_uncond": [0],
+            "sigmas": sigmas,
+        }
+        inputs = comfy.samplers.cond_cat(rows)
+        return model.apply_model(noised, sigmas, **inputs, transformer_options=options)
+
+    def check_fit(self, latent: Tensor, prompt: str, embedding: Embedding) -> None:
+        """One forward pass that tells whether CLIP and MODEL belong together. Raises UserError."""
+        try:
+            with torch.no_grad():
+                conditioning = self.encode_prompts([prompt], embedding)
+                sigmas = self.sample_sigmas(torch.tensor([0.5]))
+                self.denoise(latent[None].to(self.device), sigmas, conditioning)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+            raise UserError(
+                "CLIP and MODEL do not belong together: connect both from the same Load Checkpoint, or the "
+                f"text encoder made for this model. ({type(error).__name__}: {error})"
+            ) from error
+
+    # Pictures -----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: str, embedding: Embedding, shape: Sequence[int], seed: int, steps: int, cfg: float
+    ) -> Tensor:
+        """One picture (1, H, W, 3) in 0..1 of latent ``shape`` (C, h, w), drawn by ComfyUI's own sampler.
+
+        Call it outside ``with model:`` or inside ``with model.paused():``.
+        """
+        clip = with_words(self._clip, embedding)
+        positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
+        latent = torch.zeros(1, *shape)
+        samples = comfy.sample.sample(
+            self._patcher,
+            comfy.sample.prepare_noise(latent, seed),
+            steps,
+            cfg,
+            "euler",
+            "normal",
+            positive,
+            negative,
+            latent,
+            disable_pbar=True,
+            seed=seed,
+        )
+        return self._vae.decode(samples).clamp(0, 1).cpu()
+
+
+def _resample(rows: Tensor, count: int) -> Tensor:
+    """(tokens, width) to (count, width): averages neighbours, or repeats the rows in turn."""
+    if len(rows) >= count:
+        return torch.stack([group.mean(0) for group in rows.tensor_split(count)])
+    return rows[torch.arange(count) % len(rows)].clone()

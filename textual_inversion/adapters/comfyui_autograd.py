@@ -1,0 +1,126 @@
+"""Makes ComfyUI's modules differentiable for a while, without copying a weight.
+
+Each context changes objects of one module and puts them back when it ends.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.dlpack import from_dlpack
+
+
+@contextmanager
+def ordinary_weights(module: nn.Module) -> Iterator[None]:
+    """Weights loaded under inference mode cannot be saved for backward; a view of the same memory can.
+
+    ComfyUI runs every node under ``torch.inference_mode``. A tensor taken through DLPack shares
+    the memory and forgets where it was made. On leaving, the module has its own tensors back.
+    """
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for part in module.modules():
+            for store in (part._parameters, part._buffers):
+                for name, tensor in store.items():
+                    if tensor is not None and tensor.is_inference():
+                        replaced.append((store, name, tensor))
+                        store[name] = _ordinary(tensor)
+        yield
+    finally:
+        for store, name, tensor in replaced:
+            store[name] = tensor
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    try:
+        view = from_dlpack(tensor.detach())
+    except (BufferError, RuntimeError, TypeError):  # DLPack has no name for some dtypes, fp8 for one
+        view = tensor.detach().clone()
+    return nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
+
+
+@contextmanager
+def mutable_residuals(module: nn.Module) -> Iterator[None]:
+    """Lets text encoders add to their residual stream in place (``x += attention(norm(x))``).
+
+    The norm has saved ``x`` for its backward pass when ``x`` changes. Giving every innermost module
+    a copy of its input makes that harmless. Where an in-place change still spoils a saved tensor,
+    autograd raises an error; no gradient becomes silently wrong.
+    """
+
+    def copy_input(_module, args, kwargs):
+        args = tuple(_copied(value) for value in args)
+        return args, {name: _copied(value) for name, value in kwargs.items()}
+
+    innermost = [part for part in module.modules() if next(part.children(), None) is None]
+    handles = [part.register_forward_pre_hook(copy_input, with_kwargs=True) for part in innermost]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.requires_grad else value
+
+
+@contextmanager
+def checkpointed_blocks(module: nn.Module) -> Iterator[None]:
+    """Recomputes each block in the backward pass instead of storing its activations.
+
+    Blocks are the outermost modules inside the lists of ``module`` that are no lists themselves:
+    ResBlock and SpatialTransformer of a UNet, the transformer blocks of a DiT.
+    """
+    # An entry in the instance's dictionary shadows the class's method; another pack may have one.
+    before = [(block, vars(block).get("forward")) for block in _blocks(module)]
+    try:
+        for block, _ in before:
+            block.forward = functools.partial(_recomputed, block.forward)
+        yield
+    finally:
+        for block, forward in before:
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+def _blocks(module: nn.Module, inside_list: bool = False) -> Iterator[nn.Module]:
+    is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+    if inside_list and not is_list:
+        yield module
+        return
+    for child in module.children():
+        yield from _blocks(child, inside_list or is_list)
+
+
+def _recomputed(forward, *args, **kwargs):
+    # ComfyUI notes the current block in transformer_options while it runs, and blocks may change
+    # their inputs in place: the second run must see what the first one saw.
+    def run(*args, **kwargs):
+        return forward(*map(_fresh, args), **{name: _fresh(value) for name, value in kwargs.items()})
+
+    snapshot = [dict(value) if isinstance(value, dict) else value for value in args]
+    named = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+    return checkpoint(run, *snapshot, use_reentrant=False, **named)
+
+
+def _fresh(value: Any) -> Any:
+    if isinstance(value, dict):
+        return dict(value)
+    return _copied(value)
+
+
+@contextmanager
+def training_flag() -> Iterator[None]:
+    """Tells ComfyUI's models to take their differentiable paths."""
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before

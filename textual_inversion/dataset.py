@@ -1,0 +1,191 @@
+"""Pictures, masks and captions, checked once, brought to size and turned into batches of latents."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import TrainConfig
+from .errors import UserError
+from .prompts import caption_prompt, training_prompts
+
+SMALLEST_SIDE = 8
+GRID = 8  # pixels per latent of every Stable Diffusion autoencoder
+
+
+def check_pictures(images: Sequence[Tensor], masks: Sequence[Tensor], captions: Sequence[str]) -> None:
+    """Raises UserError for anything that could not be trained on.
+
+    ``images`` (1, H, W, 3 or 4) in 0..1, ``masks`` (1, H, W) in 0..1 or none at all, ``captions``
+    one for each picture, one for all, or none.
+    """
+    if not images:
+        raise UserError("There are no pictures: connect at least one to 'images'.")
+    for number, image in enumerate(images, 1):
+        if image.ndim != 4 or image.shape[-1] not in (3, 4):
+            raise UserError(f"Picture {number} has shape {tuple(image.shape)}; (1, height, width, 3) is needed.")
+        height, width = image.shape[1:3]
+        if min(height, width) < SMALLEST_SIDE:
+            raise UserError(
+                f"Picture {number} is {width} x {height} pixels; at least {SMALLEST_SIDE} x {SMALLEST_SIDE} "
+                "are needed: leave it out or scale it up."
+            )
+        if not torch.isfinite(image).all():
+            raise UserError(f"Picture {number} contains NaN or infinite values: check the node that makes it.")
+    if masks and len(masks) != len(images):
+        raise UserError(f"There are {len(masks)} masks for {len(images)} pictures: give one each, or none.")
+    for number, mask in enumerate(masks, 1):
+        if not torch.isfinite(mask).all() or mask.max() <= 0:
+            raise UserError(f"Mask {number} is empty: it must be white where the picture is to be learned.")
+    if len(captions) not in (0, 1, len(images)):
+        raise UserError(
+            f"There are {len(captions)} captions for {len(images)} pictures: give one each, one for all, or none."
+        )
+
+
+def fit(image: Tensor, size: int, square: bool = False) -> Tensor:
+    """Brings a picture to about ``size`` x ``size`` pixels without changing its proportions.
+
+    ``image`` (1, H, W, C). ``square`` crops the middle; otherwise the area becomes size^2. 0 keeps
+    the scale. Sides end as multiples of 8, by cropping less than 8 pixels, never by squashing.
+    """
+    height, width = image.shape[1:3]
+    if square:
+        side = min(height, width)
+        image = _crop_middle(image, side, side)
+        height = width = side
+    if size:
+        scale = size / math.sqrt(height * width)
+        height, width = (max(GRID, round(side * scale)) for side in (height, width))
+        if (height, width) != tuple(image.shape[1:3]):
+            channels_first = image.movedim(-1, 1)  # (1, C, H, W)
+            resized = F.interpolate(channels_first, (height, width), mode="bicubic", antialias=True)
+            image = resized.clamp(0, 1).movedim(1, -1)
+    return _crop_middle(image, height // GRID * GRID, width // GRID * GRID)
+
+
+def _crop_middle(image: Tensor, height: int, width: int) -> Tensor:
+    top = (image.shape[1] - height) // 2
+    left = (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What training draws from. Items of different shapes may be mixed; a batch never mixes them."""
+
+    latents: list[Tensor]  # (C, h, w) each, in the model's latent scale
+    mirrored: list[Tensor]  # the same of the mirrored pictures, or empty
+    masks: list[Tensor]  # (1, h, w) each in 0..1, or empty
+    prompts: list[tuple[str, ...]]  # what item i may be called, the word in place
+
+    def shapes(self) -> list[list[int]]:
+        """Items grouped by latent shape, in order of first appearance."""
+        groups: dict[torch.Size, list[int]] = {}
+        for index, latent in enumerate(self.latents):
+            groups.setdefault(latent.shape, []).append(index)
+        return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training example a row; all that is random about it is already drawn."""
+
+    latents: Tensor  # (B, C, h, w)
+    masks: Tensor | None  # (B, 1, h, w)
+    prompts: list[str]  # B
+    noise: Tensor  # (B, C, h, w)
+    quantiles: Tensor  # (B,) in 0..1: position on the model's noise schedule
+
+
+def make_dataset(
+    encode_images,
+    images: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    captions: Sequence[str],
+    config: TrainConfig,
+) -> Dataset:
+    """Checks and fits the pictures and encodes each one once.
+
+    ``encode_images`` maps a list of (1, H, W, 3) to a list of latents (C, h, w).
+    """
+    check_pictures(images, masks, captions)
+    templates = training_prompts(config.kind, config.template, config.trigger)
+    if len(captions) == 1:
+        captions = list(captions) * len(images)
+    prompts = [
+        (caption_prompt(caption, config.trigger, config.kind),) if caption.strip() else templates
+        for caption in captions or [""] * len(images)
+    ]
+    pixels = [fit(image[..., :3], config.size) for image in images]
+    latents = encode_images(pixels)
+    mirrored = encode_images([image.flip(2) for image in pixels]) if config.flip_probability else []
+    fitted_masks = [
+        _latent_mask(mask, image, latent, config.size, number)
+        for number, (mask, image, latent) in enumerate(zip(masks, images, latents, strict=False), 1)
+    ]
+    return Dataset(latents, mirrored, fitted_masks, prompts)
+
+
+def _latent_mask(mask: Tensor, image: Tensor, latent: Tensor, size: int, number: int) -> Tensor:
+    """The mask (1, H, W) as seen by the latent: (1, h, w). It takes the same way as its picture."""
+    full = F.interpolate(mask.reshape(1, 1, *mask.shape[-2:]).float(), tuple(image.shape[1:3]), mode="area")
+    fitted = fit(full.movedim(1, -1), size).movedim(-1, 1)  # (1, 1, H', W')
+    small = F.interpolate(fitted, tuple(latent.shape[-2:]), mode="area")[0].clamp(0, 1)
+    if small.max() <= 0:
+        raise UserError(f"Mask {number} is empty at training size: it must be white where to learn.")
+    return small.clone()
+
+
+def training_batches(dataset: Dataset, config: TrainConfig, generator: torch.Generator) -> Iterator[Batch]:
+    """Endless random batches, each of one shape; within a shape every picture has its turn."""
+    groups = dataset.shapes()
+    orders = [_shuffled(group, generator) for group in groups]
+    sizes = torch.tensor([len(group) for group in groups], dtype=torch.float64)
+    while True:
+        order = orders[int(torch.multinomial(sizes, 1, generator=generator))]
+        indices = [next(order) for _ in range(config.batch_size)]
+        yield _draw(dataset, indices, torch.rand(len(indices), generator=generator), config, generator)
+
+
+def fixed_batches(dataset: Dataset, config: TrainConfig, draws_per_picture: int = 4) -> list[Batch]:
+    """The same noise, noise levels and prompts on every call, for measurements that can be compared.
+
+    Noise levels are spread evenly over the schedule, so that four draws a picture say as much as
+    many random ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for group in dataset.shapes():
+        indices = [index for index in group for _ in range(draws_per_picture)]
+        quantiles = (torch.randperm(len(indices), generator=generator) + 0.5) / len(indices)
+        for start in range(0, len(indices), config.batch_size):
+            rows = slice(start, start + config.batch_size)
+            batches.append(_draw(dataset, indices[rows], quantiles[rows], config, generator))
+    return batches
+
+
+def _shuffled(items: list[int], generator: torch.Generator) -> Iterator[int]:
+    while True:
+        for position in torch.randperm(len(items), generator=generator).tolist():
+            yield items[position]
+
+
+def _draw(
+    dataset: Dataset, indices: list[int], quantiles: Tensor, config: TrainConfig, generator: torch.Generator
+) -> Batch:
+    rows, prompts = [], []
+    for index in indices:
+        flip = bool(dataset.mirrored) and torch.rand((), generator=generator) < config.flip_probability
+        rows.append((index, flip))
+        choices = dataset.prompts[index]
+        prompts.append(choices[int(torch.randint(len(choices), (), generator=generator))])
+    latents = torch.stack([(dataset.mirrored if flip else dataset.latents)[index] for index, flip in rows])
+    masks = None
+    if dataset.masks:
+        masks = torch.stack([dataset.masks[i].flip(-1) if flip else dataset.masks[i] for i, flip in rows])
+    noise = torch.randn(latents.shape, generator=generator)
+    return Batch(latents, masks, prompts, noise, quantiles)

@@ -1,0 +1,48 @@
+"""The loss of a batch: how far the word is from explaining the pictures."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .adapters.protocol import DiffusionModel
+from .dataset import Batch
+from .embedding import Embedding
+
+
+def denoising_loss(denoised: Tensor, latents: Tensor, sigmas: Tensor, masks: Tensor | None = None) -> Tensor:
+    """Mean of ((denoised - latents) / sigma)^2, weighted by the masks.
+
+    For models that predict the noise this is ||eps - eps_theta||^2 of Gal et al. 2022 (arXiv
+    2208.01618, equation 2), since denoised = x - sigma eps_theta and x = latents + sigma eps; for
+    flow models it is the velocity loss.
+
+    Args:
+        denoised: the model's estimate of the clean latents, (B, C, h, w).
+        latents: the clean latents, (B, C, h, w).
+        sigmas: noise levels, (B,).
+        masks: weights in 0..1, (B, 1, h, w); a picture counts the same whatever its mask covers.
+    """
+    error = ((denoised.float() - latents) / sigmas.view(-1, 1, 1, 1)).square()  # (B, C, h, w)
+    if masks is None:
+        return error.mean()
+    per_picture = (error.mean(1, keepdim=True) * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3))  # (B,)
+    return per_picture.mean()
+
+
+def batch_loss(model: DiffusionModel, embedding: Embedding, batch: Batch) -> Tensor:
+    """The loss of one batch, a scalar that the vectors of ``embedding`` can be differentiated by."""
+    latents = batch.latents.to(model.device)
+    masks = None if batch.masks is None else batch.masks.to(model.device)
+    sigmas = model.sample_sigmas(batch.quantiles)
+    noised = model.add_noise(latents, batch.noise.to(model.device), sigmas)
+    conditioning = model.encode_prompts(batch.prompts, embedding)
+    denoised = model.denoise(noised, sigmas, conditioning)
+    return denoising_loss(denoised, latents, sigmas, masks)
+
+
+@torch.no_grad()
+def mean_loss(model: DiffusionModel, embedding: Embedding, batches: Sequence[Batch]) -> float:
+    """The loss over fixed batches, every row counting the same."""
+    rows = sum(len(batch.prompts) for batch in batches)
+    return sum(batch_loss(model, embedding, b).item() * len(b.prompts) for b in batches) / rows

@@ -1,0 +1,116 @@
+"""The only training loop."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from .adapters.protocol import DiffusionModel
+from .config import TrainConfig
+from .dataset import Batch, Dataset, fixed_batches, training_batches
+from .embedding import Embedding
+from .errors import TrainingError, TrainingStopped
+from .objective import batch_loss, mean_loss
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did. Step 0 is the state before the first."""
+
+    number: int
+    loss: float | None
+    """Loss on the random batch of this step; noisy. None for step 0."""
+    learning_rate: float
+    fixed_loss: float | None
+    """Loss on fixed noise, comparable between steps; None where it was not measured."""
+    best: Embedding
+    """The vectors with the lowest fixed loss so far."""
+    best_number: int
+    best_loss: float
+
+
+def train(model: DiffusionModel, embedding: Embedding, dataset: Dataset, config: TrainConfig) -> Iterator[Step]:
+    """Learns v* = argmin E ||eps - eps_theta(z_t, t, c_theta(y))||^2 (arXiv 2208.01618, equation 2).
+
+    Yields after every optimizer step and changes ``embedding`` (see ``Embedding.trainable``) in
+    place; the model stays as it is. The caller decides what to show, keep and when to stop.
+
+    Raises:
+        TrainingError: no gradient reached the vectors, or the very first loss is not finite.
+        TrainingStopped: loss or gradient became NaN later; the last step's ``best`` is good.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    batches = training_batches(dataset, config, generator)
+    fixed = fixed_batches(dataset, config)
+    optimizer = torch.optim.AdamW(embedding.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = LambdaLR(optimizer, lambda done: learning_rate_factor(done, config))
+
+    best, best_number, best_loss = embedding.snapshot(), 0, mean_loss(model, embedding, fixed)
+    if not math.isfinite(best_loss):
+        raise TrainingError(
+            "The loss is not a number before the first step: this model or VAE overflows in its "
+            "precision. Try a bf16 or fp32 model, or a VAE that works in fp16."
+        )
+    yield Step(0, None, 0.0, best_loss, best, best_number, best_loss)
+
+    for number in range(1, config.steps + 1):
+        loss = 0.0
+        for batch in islice(batches, config.accumulation):
+            loss += _backward(model, embedding, batch, config.accumulation)
+        _check_gradients(model, embedding, loss, number)
+        learning_rate = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=False)
+
+        fixed_loss = None
+        if number % config.evaluate_every == 0 or number == config.steps:
+            fixed_loss = mean_loss(model, embedding, fixed)
+            if fixed_loss < best_loss:
+                best, best_number, best_loss = embedding.snapshot(), number, fixed_loss
+        yield Step(number, loss, learning_rate, fixed_loss, best, best_number, best_loss)
+
+
+def learning_rate_factor(done: int, config: TrainConfig) -> float:
+    """Factor on the learning rate after ``done`` steps: linear warm-up, then cosine to 0 or constant."""
+    if done < config.warmup_steps:
+        return (done + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = (done - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _backward(model: DiffusionModel, embedding: Embedding, batch: Batch, parts: int) -> float:
+    """Adds the gradient of one of ``parts`` batches and returns its share of the loss.
+
+    The gradient of a mean over many latents underflows in fp16 models. Scaled by the number of
+    latents, it passes through them as the gradient of a sum.
+    """
+    scale = batch.latents[0].numel()
+    loss = batch_loss(model, embedding, batch) / parts
+    parameters = list(embedding.parameters())
+    for vectors, gradient in zip(
+        parameters, torch.autograd.grad(loss * scale, parameters, allow_unused=True), strict=True
+    ):
+        if gradient is not None:
+            vectors.grad = gradient / scale + (0 if vectors.grad is None else vectors.grad)
+    return loss.item()
+
+
+def _check_gradients(model: DiffusionModel, embedding: Embedding, loss: float, number: int) -> None:
+    gradients = {key: vectors.grad for key, vectors in embedding.vectors.items()}
+    missing = [key for key, gradient in gradients.items() if gradient is None or not gradient.any()]
+    if number == 1 and missing:
+        raise TrainingError(
+            f"No gradient reached the vectors of {' and '.join(missing)}: the attention in use, "
+            f"{model.attention_backend}, cuts it off. Start ComfyUI with "
+            "--use-pytorch-cross-attention and remove attention nodes from the MODEL."
+        )
+    finite = all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
+    if not (math.isfinite(loss) and finite):
+        message = f"The loss became NaN at step {number}: lower the learning rate."
+        raise TrainingStopped(message) if number > 1 else TrainingError(message)
