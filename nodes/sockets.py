@@ -47,4 +47,5 @@ def widget(name: str, **options) -> io.Input:
     limits = {key: item.metadata[key] for key in ("min", "max", "step")}
     if item.type is float:
         return io.Float.Input(name, round=limits["step"], **limits, **common)
-    return io.Int.Input(name, **limits, **common)
+    # The front end would otherwise give a field named "seed" a widget that changes it after every run.
+    return io.Int.Input(name, control_after_generate=False, **limits, **common)

@@ -73,13 +73,7 @@ class TrainConfig:
     """Steps between measurements on fixed noise, which choose the vectors that are kept."""
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, limits = getattr(self, item.name), item.metadata
-            if limits and not limits["min"] <= value <= limits["max"]:
-                raise UserError(f"{item.name} is {value}; choose a value from {limits['min']} to {limits['max']}.")
-            choices = get_args(item.type)
-            if choices and value not in choices:
-                raise UserError(f"{item.name} is {value!r}; choose one of {', '.join(choices)}.")
+        check_limits(self)
 
 
 @dataclass(frozen=True)
@@ -97,6 +91,19 @@ class PreviewConfig:
 
     preview_cfg: float = bounded(7.0, 0.0, 30.0, 0.5)
     """Guidance scale of a preview picture."""
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+
+def check_limits(config: TrainConfig | PreviewConfig) -> None:
+    """Raises UserError for a value outside its field's limits or choices."""
+    for item in fields(config):
+        value, limits, choices = getattr(config, item.name), item.metadata, get_args(item.type)
+        if limits and not limits["min"] <= value <= limits["max"]:
+            raise UserError(f"{item.name} is {value}; choose a value from {limits['min']} to {limits['max']}.")
+        if choices and value not in choices:
+            raise UserError(f"{item.name} is {value!r}; choose one of {', '.join(choices)}.")
 
 
 def field_help(config: type) -> dict[str, str]:

@@ -92,6 +92,8 @@ def _backward(model: DiffusionModel, embedding: Embedding, batch: Batch, parts: 
     """
     scale = batch.latents[0].numel()
     loss = batch_loss(model, embedding, batch) / parts
+    if not loss.requires_grad:  # cut off altogether: _check_gradients tells the user
+        return loss.item()
     parameters = list(embedding.parameters())
     for vectors, gradient in zip(
         parameters, torch.autograd.grad(loss * scale, parameters, allow_unused=True), strict=True

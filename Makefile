@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up what they need: a virtual environment in .venv and a real
+# ComfyUI in .comfyui (COMFYUI_PATH=... uses yours).  Needs Python 3.10 or newer with pip.
+
+PYTHON3 ?= python3
+PYTHON := .venv/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: setup demo test lint format clean
+
+setup: .venv/.ready
+	@$(PYTHON) demo/get_comfyui.py
+
+.venv/.ready: requirements-dev.txt
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "This needs Python 3.10 or newer: make PYTHON3=/path/to/python3"; exit 1; }
+	@$(PYTHON3) -c 'import venv, ensurepip' \
+		|| { echo "Python's venv module is missing (Debian, Ubuntu: install python3-venv)."; exit 1; }
+	@echo "Setting up .venv: PyTorch and the test tools, a few minutes the first time."
+	@$(PYTHON3) -m venv .venv
+	@$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+demo: setup
+	@$(PYTHON) demo/run.py
+
+test: setup
+	@$(PYTHON) -m pytest
+
+lint: setup
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m ruff format --check
+	@$(PYTHON) -m pyright
+
+format: .venv/.ready
+	@$(PYTHON) -m ruff check --fix
+	@$(PYTHON) -m ruff format
+
+clean:
+	rm -rf .venv .comfyui .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,40 @@
+"""ComfyUI and this pack inside one Python process, without a server: for measurements and tests."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from get_comfyui import ROOT, comfyui_path
+
+
+def import_pack() -> None:
+    """Makes the repository the package ``ti_pack``, as ComfyUI makes a package of its folder.
+
+    The root is never on ``sys.path``: the name ``nodes`` belongs to ComfyUI.
+    """
+    pack = ModuleType("ti_pack")
+    pack.__path__ = [str(ROOT)]
+    sys.modules["ti_pack"] = pack
+
+
+def import_comfyui(base: Path) -> None:
+    """ComfyUI on the CPU, with its models, input and output folders below ``base``."""
+    sys.path.insert(0, str(comfyui_path()))
+    from comfy.cli_args import args  # reads no command line unless main.py tells it to
+
+    args.cpu = True
+    args.base_directory = str(base)
+    for folder in ("custom_nodes", "models/checkpoints", "models/embeddings", "input", "output"):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+
+
+def import_folder(name: str, folder: Path) -> ModuleType:
+    """A package from a folder whose parent is not on ``sys.path``, under the name ``name``."""
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,107 @@
+"""Importing the pack and ComfyUI as ComfyUI does, small models, and the one server that tests share.
+
+``demo/`` and ``tests/`` are on ``sys.path`` (pyproject.toml, ``pythonpath``); the root never is.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from comfyui_server import ComfyServer
+from in_process import ROOT, import_comfyui, import_folder, import_pack
+from PIL import Image
+
+_base = tempfile.TemporaryDirectory(prefix="comfyui-tests-")
+TEST_PACK = ROOT / "tests/comfyui_pack"
+
+import_pack()
+import_comfyui(Path(_base.name))
+import_folder("ti_test_pack", TEST_PACK)
+
+
+def pytest_unconfigure() -> None:
+    """Remove ComfyUI's temporary folders."""
+    _base.cleanup()
+
+
+class Graph(NamedTuple):
+    """What a checkpoint loader puts on the wires of a graph."""
+
+    model: Any
+    clip: Any
+    vae: Any
+
+
+@pytest.fixture(scope="session")
+def embeddings_folder(tmp_path_factory) -> Path:
+    """Where the CLIPs of ``load`` look for ``embedding:NAME``."""
+    return tmp_path_factory.mktemp("embeddings")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """SD1 and SDXL checkpoints of small width, by name."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    from small_models import write_checkpoint
+
+    paths = {name: folder / f"{name}.safetensors" for name in ("SmallSD1", "SmallSDXL")}
+    for name, path in paths.items():
+        write_checkpoint(name, path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def load(embeddings_folder) -> Callable[[Path], Graph]:
+    """Loads a checkpoint the way a node does: under inference mode."""
+    import comfy.sd
+
+    def load_checkpoint(path: Path) -> Graph:
+        with torch.inference_mode():
+            parts = comfy.sd.load_checkpoint_guess_config(
+                str(path), output_vae=True, output_clip=True, embedding_directory=str(embeddings_folder)
+            )
+        return Graph(*parts[:3])
+
+    return load_checkpoint
+
+
+@pytest.fixture(params=["SmallSD1", "SmallSDXL"])
+def graph(request, checkpoints, load) -> Graph:
+    return load(checkpoints[request.param])
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Callable[[int], list[torch.Tensor]]:
+    """The same random pictures (1, 64, 64, 3) every time."""
+
+    def make(count: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.rand(1, 64, 64, 3, generator=generator) for _ in range(count)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wide_vae():
+    """A VAE with 16 latent channels, as SD3 and Flux have."""
+    import comfy.sd
+    from comfy.taesd.taesd import TAESD
+
+    return comfy.sd.VAE(sd=TAESD(latent_channels=16).state_dict())
+
+
+@pytest.fixture(scope="session")
+def server(checkpoints) -> Iterator[ComfyServer]:
+    """One running ComfyUI for the whole session, with two pictures in input/pictures."""
+    with ComfyServer(packs={"ti_test_pack": TEST_PACK}, checkpoints=list(checkpoints.values())) as running:
+        folder = running.base / "input/pictures"
+        folder.mkdir()
+        generator = np.random.default_rng(0)
+        for number in range(2):
+            pixels = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+        yield running

@@ -1,0 +1,168 @@
+"""Bad input: one clear sentence each, before anything is trained."""
+
+import pytest
+import torch
+from ti_pack.nodes.files import file_name
+from ti_pack.textual_inversion import PreviewConfig, TrainConfig, UserError
+from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
+from ti_pack.textual_inversion.dataset import check_pictures, make_dataset
+from ti_pack.textual_inversion.prompts import caption_prompt, check_trigger, training_prompts
+
+PICTURE = torch.rand(1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("trigger", ["S*", "<cat-toy>", "my_word", "Zorp", "ohwx2", "猫の"])
+def test_good_triggers(trigger):
+    check_trigger(trigger)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "message"),
+    [
+        ("", "is empty"),
+        ("x" * 300, "has 300 bytes"),
+        ("a/b", "contains '/'"),
+        ("..", "contains '.'"),
+        ("a\\b", "slashes"),
+        ("two words", "without spaces"),
+        ("a:b", "contains ':'"),
+        ("(a)", "brackets"),
+        ("{}", "brackets"),
+        ("CON", "Windows reserves"),
+        ("lpt1", "Windows reserves"),
+        ("embedding", "must not start with 'embedding'"),
+        ("a\u200bb", "invisible"),
+    ],
+)
+def test_bad_triggers(trigger, message):
+    with pytest.raises(UserError, match=message):
+        check_trigger(trigger)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("S*", "S"), ("<cat-toy>", "cat-toy"), ("a b", "a_b"), ("*", "embedding")]
+)
+def test_file_names_of_triggers(name, expected):
+    assert file_name(name) == expected
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", "name.pt", "nul", "x" * 200])
+def test_bad_file_names(name):
+    with pytest.raises(UserError):
+        file_name(name)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "captions", "message"),
+    [
+        ([], [], [], "There are no pictures"),
+        ([torch.rand(1, 7, 64, 3)], [], [], "Picture 1 is 64 x 7 pixels"),
+        ([PICTURE, PICTURE * float("nan")], [], [], "Picture 2 contains NaN"),
+        ([torch.rand(16, 16, 3)], [], [], "Picture 1 has shape"),
+        ([PICTURE] * 3, [PICTURE[..., 0]] * 2, [], "2 masks for 3 pictures"),
+        ([PICTURE], [torch.zeros(1, 16, 16)], [], "Mask 1 is empty"),
+        ([PICTURE] * 3, [], ["a", "b"], "2 captions for 3 pictures"),
+    ],
+)
+def test_bad_pictures(images, masks, captions, message):
+    with pytest.raises(UserError, match=message):
+        check_pictures(images, masks, captions)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vectors": 0}, "vectors is 0; choose a value from 1 to 75"),
+        ({"vectors": 76}, "vectors is 76"),
+        ({"steps": 1}, "steps is 1"),
+        ({"learning_rate": 2.0}, "learning_rate"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"kind": "person"}, "kind is 'person'; choose one of object, style, face, custom"),
+    ],
+)
+def test_bad_settings(values, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**values)
+
+
+def test_bad_preview_settings():
+    with pytest.raises(UserError, match="preview_steps is 0"):
+        PreviewConfig(preview_steps=0)
+
+
+def test_templates_must_hold_the_word():
+    with pytest.raises(UserError, match="has no place for the word"):
+        training_prompts("custom", "a sketch of {}\na sketch", "S*")
+    with pytest.raises(UserError, match="needs a template"):
+        training_prompts("custom", " \n", "S*")
+    assert training_prompts("custom", "a sketch of {}\n\nS* drawn", "S*") == ("a sketch of S*", "S* drawn")
+
+
+@pytest.mark.parametrize(
+    ("caption", "kind", "prompt"),
+    [
+        ("a photo of {} on grass", "object", "a photo of S* on grass"),
+        ("my S* asleep", "object", "my S* asleep"),
+        ("on the beach", "object", "a photo of S*, on the beach"),
+        ("a red house", "style", "in the style of S*, a red house"),
+        ("red", "custom", "S*, red"),
+    ],
+)
+def test_captions_get_the_word(caption, kind, prompt):
+    assert caption_prompt(caption, "S*", kind) == prompt
+
+
+def test_word_of_the_vocabulary_is_refused(graph):
+    with ComfyModel(*graph) as model, pytest.raises(UserError, match="'cat' is a word the text encoder knows"):
+        model.initial_embedding("cat", "", 1)
+
+
+def test_initializer_without_a_token_is_refused(graph):
+    with ComfyModel(*graph) as model, pytest.raises(UserError, match="holds no word"):
+        model.initial_embedding("S*", " ", 1)
+
+
+def test_initializers(graph):
+    """Fewer words than vectors are repeated, more are averaged, none is the mean of the vocabulary."""
+    with ComfyModel(*graph) as model:
+        table = graph.clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight.float()
+        one = model.initial_embedding("S*", "toy", 3).vectors["clip_l"]
+        assert torch.equal(one[0], one[2])
+        two = model.initial_embedding("S*", "red toy", 2).vectors["clip_l"]
+        assert torch.equal(two[1], one[0])
+        mean = model.initial_embedding("S*", "red toy", 1).vectors["clip_l"]
+        torch.testing.assert_close(mean[0], two.mean(0))
+        nothing = model.initial_embedding("S*", "", 1).vectors["clip_l"]
+        torch.testing.assert_close(nothing[0], table.mean(0))
+
+
+def test_more_vectors_than_a_prompt_holds(graph):
+    with ComfyModel(*graph) as model:
+        word = model.initial_embedding("S*", "toy", 72)
+        model.check_prompts(["a photo of S*"], word)
+        with pytest.raises(UserError, match="use fewer vectors or a shorter prompt"):
+            model.check_prompts(["a photo of the S*"], word)
+
+
+def test_clip_of_another_model(checkpoints, load):
+    small, other = load(checkpoints["SmallSD1"]), load(checkpoints["SmallSDXL"])
+    with ComfyModel(small.model, other.clip, small.vae) as model:
+        word = model.initial_embedding("S*", "", 1)
+        with pytest.raises(UserError, match="CLIP and MODEL do not belong together"):
+            model.check_fit(torch.zeros(4, 8, 8), "a photo of S*", word)
+
+
+def test_vae_of_another_model(graph, wide_vae):
+    model = ComfyModel(graph.model, graph.clip, wide_vae)
+    with pytest.raises(UserError, match="connect the VAE that belongs to the MODEL"):
+        make_dataset(model.encode_images, [torch.rand(1, 64, 64, 3)], [], [], TrainConfig())
+
+
+def test_text_encoder_without_embeddings(graph):
+    class Plain:
+        pass
+
+    clip = graph.clip.clone()
+    clip.tokenizer = Plain()
+    with pytest.raises(UserError, match="takes no embeddings"):
+        ComfyModel(graph.model, clip, graph.vae)

@@ -1,0 +1,79 @@
+"""The package as others see it: imports, versions, templates, help pages."""
+
+import ast
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from ti_pack.textual_inversion import PreviewConfig, TrainConfig, __version__
+from ti_pack.textual_inversion.config import field_help
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute modules a file imports, and relative ones with their dots."""
+    found = set()
+    for item in ast.walk(ast.parse(path.read_text())):
+        if isinstance(item, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in item.names}
+        elif isinstance(item, ast.ImportFrom):
+            found.add("." * item.level + (item.module or ""))
+    return found
+
+
+def test_imports_go_one_way():
+    engine = ROOT / "textual_inversion"
+    allowed = sys.stdlib_module_names | {"torch", "safetensors"}
+    for path in engine.glob("*.py"):
+        for module in imported(path):
+            inside = re.fullmatch(r"\.(adapters\.protocol|\w+)?", module)
+            assert inside or module.split(".")[0] in allowed, f"{path.name} imports {module}"
+    for path in engine.rglob("*.py"):
+        assert not any("nodes" in module for module in imported(path)), f"{path.name} imports nodes"
+
+
+def test_root_imports_nothing_at_once():
+    (_, web, entry) = ast.parse((ROOT / "__init__.py").read_text()).body
+    assert isinstance(web, ast.Assign)
+    assert isinstance(entry, ast.AsyncFunctionDef)
+
+
+def test_one_version_everywhere():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^version = "(.*)"$', text, re.M).group(1) == __version__
+    assert f"[{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("config", [TrainConfig, PreviewConfig])
+def test_every_setting_explains_itself(config):
+    assert field_help(config).keys() == {item.name for item in dataclasses.fields(config)}
+    assert all(text.endswith(".") or text.endswith('"') for text in field_help(config).values())
+
+
+def test_every_node_has_a_help_page(server):
+    nodes = {name for name in server.object_info() if name.startswith("TI_")}
+    assert {path.stem for path in (ROOT / "web/docs").glob("*.md")} == nodes
+    for name in nodes:
+        page = server.http.get(f"{server.url}/extensions/{server.pack_name}/docs/{name}.md", timeout=10)
+        assert page.ok
+        assert page.text.startswith("# ")
+
+
+def test_templates_use_what_exists(server):
+    known = server.object_info()
+    workflows = sorted((ROOT / "example_workflows").glob("*.json"))
+    assert workflows
+    for path in workflows:
+        assert path.with_suffix(".jpg").is_file(), f"{path.name} has no thumbnail"
+        types = {item["type"] for item in json.loads(path.read_text())["nodes"]}
+        assert types - {"Note", "MarkdownNote"} <= known.keys()
+
+
+def test_files_can_be_read_everywhere():
+    """The registry's checks refuse Python files that Windows' old encoding cannot show."""
+    for path in [*ROOT.glob("nodes/*.py"), *ROOT.rglob("textual_inversion/**/*.py"), ROOT / "__init__.py"]:
+        path.read_text(encoding="utf-8").encode("cp1252")

@@ -1,0 +1,298 @@
+"""A real ComfyUI over HTTP and websocket: learn, save, use; interrupt; fail; and nothing else changes."""
+
+import json
+import re
+
+import pytest
+from comfyui_server import ComfyServer
+from PIL import Image
+from safetensors import safe_open
+
+NODE_IDS = {
+    "TI_LoadImages",
+    "TI_Train",
+    "TI_TrainingSettings",
+    "TI_SaveEmbedding",
+    "TI_LoadEmbedding",
+    "TI_ApplyEmbedding",
+}
+
+
+def learning_graph(model="SmallSD1", **settings):
+    """Checkpoint -> Train -> Save, Apply -> picture; node ids are names."""
+    widgets = {
+        "trigger": "S*",
+        "initializer": "toy",
+        "kind": "object",
+        "template": "",
+        "vectors": 1,
+        "steps": 6,
+        "learning_rate": 0.01,
+        "batch_size": 2,
+        "size": 0,
+        "seed": 0,
+        "gradient_checkpointing": False,
+        "preview_prompt": "a photo of {}",
+        "preview_every": 3,
+        **settings,
+    }
+    return {
+        "load": node("CheckpointLoaderSimple", ckpt_name=f"{model}.safetensors"),
+        "images": node("TI_LoadImages", folder="pictures", path="", crop="square", size=64),
+        "settings": node(
+            "TI_TrainingSettings",
+            weight_decay=0.01,
+            schedule="cosine",
+            warmup_steps=0,
+            accumulation=1,
+            flip_probability=0.0,
+            evaluate_every=2,
+            preview_steps=2,
+            preview_cfg=4.0,
+        ),
+        "train": node(
+            "TI_Train",
+            model=["load", 0],
+            clip=["load", 1],
+            vae=["load", 2],
+            images=["images", 0],
+            masks=["images", 1],
+            captions=["images", 2],
+            settings=["settings", 0],
+            **widgets,
+        ),
+        "save": node("TI_SaveEmbedding", embedding=["train", 0], name="learned", overwrite=False),
+        "plot": node("LossGraphNode", loss=["train", 1], filename_prefix="loss"),
+        "previews": node("PreviewImage", images=["train", 2]),
+        "report": node("PreviewAny", source=["train", 3]),
+        "apply": node("TI_ApplyEmbedding", clip=["load", 1], embedding=["train", 0], trigger="", strength=1.0),
+        **sampling_graph("load", "apply", "a photo of S* in the snow"),
+    }
+
+
+def sampling_graph(loader, clip, prompt):
+    """An ordinary picture with a fixed seed, and a hash of the weights after it."""
+    return {
+        "positive": node("CLIPTextEncode", clip=[clip, 0 if clip == "apply" else 1], text=prompt),
+        "negative": node("CLIPTextEncode", clip=[loader, 1], text=""),
+        "latent": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "sample": node(
+            "KSampler",
+            model=[loader, 0],
+            positive=["positive", 0],
+            negative=["negative", 0],
+            latent_image=["latent", 0],
+            seed=7,
+            steps=4,
+            cfg=4.0,
+            sampler_name="euler",
+            scheduler="normal",
+            denoise=1.0,
+        ),
+        "decode": node("VAEDecode", samples=["sample", 0], vae=[loader, 2]),
+        "picture": node("SaveImage", images=["decode", 0], filename_prefix="picture"),
+        "hash": node("TIT_HashWeights", model=[loader, 0], clip=[loader, 1], vae=[loader, 2]),
+    }
+
+
+def ordinary_graph(model, prompt="a photo"):
+    return {
+        "load": node("CheckpointLoaderSimple", ckpt_name=f"{model}.safetensors"),
+        **sampling_graph("load", "load", prompt),
+    }
+
+
+def node(class_type, **inputs):
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def picture_of(server, run):
+    (entry,) = run.history["outputs"]["picture"]["images"]
+    return Image.open(server.base / "output" / entry["subfolder"] / entry["filename"]).convert("RGB").tobytes()
+
+
+def embeddings(server):
+    return {file.name for file in (server.base / "models/embeddings").iterdir()}
+
+
+def test_pack_loads_without_a_warning(server):
+    """All of ComfyUI's lines that name the pack, its nodes or a deprecation because of it."""
+    assert set(server.object_info()) >= NODE_IDS
+    loading = server.log.split("Starting server")[0]
+    suspicious = [line for line in loading.splitlines() if re.search(r"(?i)textual|TI_", line)]
+    assert not [line for line in suspicious if re.search(r"(?i)warn|error|fail|deprecat|traceback", line)], loading
+
+
+def test_every_input_and_output_has_a_tooltip(server):
+    for node_id in NODE_IDS:
+        info = server.object_info(node_id)[node_id]
+        assert info["category"] == "textual inversion"
+        assert info["description"]
+        assert info["search_aliases"]
+        for group in ("required", "optional"):
+            for name, (_, options, *_) in info["input"].get(group, {}).items():
+                assert options.get("tooltip"), f"{node_id}.{name} has no tooltip"
+        assert len(info["output_tooltips"]) == len(info["output"])
+        assert all(info["output_tooltips"])
+
+
+@pytest.mark.parametrize("model", ["SmallSD1", "SmallSDXL"])
+def test_learning_workflow(server, model):
+    reference = server.run(ordinary_graph(model))
+    run = server.run(learning_graph(model))
+    outputs = run.history["outputs"]
+    (prompt,) = outputs["save"]["text"]
+    name = prompt.removeprefix("embedding:")
+
+    # The file has every key of the family, and says where it comes from.
+    path = server.base / "models/embeddings" / f"{name}.safetensors"
+    with safe_open(path, "pt") as file:
+        widths = {key: tuple(file.get_tensor(key).shape) for key in file.keys()}  # noqa: SIM118 (no dict)
+        metadata = file.metadata()
+    assert widths == {"clip_l": (1, 32)} | ({"clip_g": (1, 48)} if model == "SmallSDXL" else {})
+    assert metadata["trigger"] == "S*"
+    assert metadata["base_model"] == f"{model}.safetensors"
+    assert json.loads(metadata["settings"])["steps"] == 6
+    assert {"steps", "seed", "version"} <= metadata.keys()
+
+    # Previews at steps 0, 3, 6 and at the end; progress with pictures on the way; a loss graph.
+    assert len(outputs["previews"]["images"]) == 4
+    assert run.previews
+    assert outputs["plot"]["images"]
+    assert "S*: 1 vector" in outputs["report"]["text"][0]
+    steps = [event["data"] for event in run.events if event["type"] == "progress" and event["data"]["max"] == 6]
+    assert steps[-1]["value"] == 6
+
+    # The stock CLIPTextEncode knows the file at once and draws the very picture that Apply drew.
+    stock = server.run(ordinary_graph(model, f"a photo of {prompt} in the snow"))
+    assert picture_of(server, stock) == picture_of(server, run)
+    assert f"{prompt} does not exist" not in server.log
+
+    # The file can be loaded and applied under another word.
+    graph = ordinary_graph(model, "a photo of Zorp in the snow")
+    graph["file"] = node("TI_LoadEmbedding", file=path.name)
+    graph["apply"] = node("TI_ApplyEmbedding", clip=["load", 1], embedding=["file", 0], trigger="Zorp", strength=1.0)
+    graph["positive"]["inputs"]["clip"] = ["apply", 0]
+    assert picture_of(server, server.run(graph)) == picture_of(server, run)
+
+    # The graph's own model is what it was.
+    again = server.run(ordinary_graph(model))
+    assert again.history["outputs"].get("hash") == reference.history["outputs"]["hash"] == outputs["hash"]
+    server.free()
+    assert picture_of(server, server.run(ordinary_graph(model))) == picture_of(server, reference)
+
+
+def test_result_of_a_finished_run_is_on_disk(server):
+    before = set((server.base / "temp").rglob("textual_inversion/*.safetensors"))
+    server.run(learning_graph(seed=11))
+    after = set((server.base / "temp").rglob("textual_inversion/*.safetensors"))
+    assert len(after - before) == 1
+
+
+def test_same_graph_twice_gives_the_same_bytes(server):
+    digests = []
+    for _ in range(2):
+        server.free()
+        run = server.run(learning_graph(seed=21))
+        name = run.history["outputs"]["save"]["text"][0].removeprefix("embedding:")
+        with safe_open(server.base / "models/embeddings" / f"{name}.safetensors", "pt") as file:
+            digests.append(file.get_tensor("clip_l").numpy().tobytes())
+        server.run(ordinary_graph("SmallSDXL"))  # something else in between
+    assert digests[0] == digests[1]
+
+
+def test_new_pictures_run_the_node_again(server):
+    server.run(learning_graph(seed=31))
+    cached = server.run(learning_graph(seed=31))
+    assert "train" not in executed(cached)
+    caption = server.base / "input/pictures/0.txt"
+    caption.write_text("a photo of {} on the floor")
+    try:
+        assert "train" in executed(server.run(learning_graph(seed=31)))
+    finally:
+        caption.unlink()
+
+
+def executed(run):
+    return {event["data"]["node"] for event in run.events if event["type"] == "executing"}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_interrupt_in_the_middle(server, checkpointing):
+    reference = server.run(ordinary_graph("SmallSD1"))
+    before = embeddings(server)
+
+    def stop(event):
+        data = event["data"]
+        if event["type"] == "progress" and data["max"] == 5000 and data["value"] >= 8:
+            server.interrupt()
+
+    graph = learning_graph(steps=5000, seed=41, preview_every=0, gradient_checkpointing=checkpointing)
+    run = server.run(graph, on_event=stop, check=False)
+    assert run.error is not None
+    assert "execution_interrupted" in [event["type"] for event in run.events]
+    (partial,) = embeddings(server) - before
+    assert partial.startswith("S-partial")
+    with safe_open(server.base / "models/embeddings" / partial, "pt") as file:
+        assert file.get_tensor("clip_l").shape == (1, 32)
+    healthy(server, reference)
+
+
+def test_error_in_the_middle(server):
+    reference = server.run(ordinary_graph("SmallSD1"))
+    before = embeddings(server)
+    graph = learning_graph(steps=200, seed=51, preview_every=0)
+    graph["fail"] = node("TIT_FailingModel", model=["load", 0], calls=120)
+    graph["train"]["inputs"]["model"] = ["fail", 0]
+    run = server.run(graph, check=False)
+    assert "the test's model fails here" in run.error["exception_message"]
+    assert any(name.startswith("S-partial") for name in embeddings(server) - before)
+    healthy(server, reference)
+
+
+def healthy(server, reference):
+    """The next ordinary generation gives the same picture from the same weights."""
+    run = server.run({**ordinary_graph("SmallSD1"), "fresh": node("TIT_HashWeights", **links("load"))})
+    assert run.history["outputs"]["fresh"] == reference.history["outputs"]["hash"]
+    server.free()
+    assert picture_of(server, server.run(ordinary_graph("SmallSD1"))) == picture_of(server, reference)
+
+
+def links(loader):
+    return {"model": [loader, 0], "clip": [loader, 1], "vae": [loader, 2]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trigger": "cat"}, "is a word the text encoder knows already"),
+        ({"trigger": "a/b"}, "contains '/'"),
+        ({"kind": "custom", "template": "nothing"}, "has no place for the word"),
+        ({"vectors": 75}, "use fewer vectors or a shorter prompt"),
+    ],
+)
+def test_bad_input_reaches_the_user_as_a_sentence(server, settings, message):
+    run = server.run(learning_graph(**settings), check=False)
+    assert message in run.error["exception_message"]
+    assert run.error["node_type"] == "TI_Train"
+
+
+def test_batch_of_images_and_one_caption(server):
+    """Core's nodes give batches; a caption may come as one text for all."""
+    graph = learning_graph(seed=61)
+    graph["batch"] = node("ImageBatch", image1=["one", 0], image2=["two", 0])
+    graph["one"] = node("LoadImage", image="pictures/0.png")
+    graph["two"] = node("LoadImage", image="pictures/1.png")
+    graph["text"] = node("PrimitiveString", value="on the floor")
+    inputs = graph["train"]["inputs"]
+    inputs["images"], inputs["captions"] = ["batch", 0], ["text", 0]
+    del inputs["masks"]
+    report = server.run(graph).history["outputs"]["report"]["text"][0]
+    assert "learned from 2 pictures" in report
+
+
+@pytest.mark.parametrize("folder", ["my pack-with spaces", "x.y"])
+def test_folder_may_have_any_name(folder):
+    with ComfyServer(pack_name=folder) as renamed:
+        assert set(renamed.object_info()) >= NODE_IDS
+        assert "IMPORT FAILED" not in renamed.log

@@ -1,0 +1,119 @@
+"""A CLIP that knows a word: where it fires, where it must not, and that ComfyUI's own files mean the same."""
+
+import pytest
+import torch
+from ti_pack.textual_inversion import Embedding, UserError, formats
+from ti_pack.textual_inversion.adapters.comfyui_words import embedding_keys, with_words
+
+
+@pytest.fixture
+def word(graph):
+    generator = torch.Generator().manual_seed(5)
+
+    def make(trigger, count=2):
+        keys = embedding_keys(graph.clip)
+        return Embedding(trigger, {key: torch.randn(count, width, generator=generator) for key, width in keys.items()})
+
+    return make
+
+
+def tokens(clip, prompt):
+    """Tokens of the prompt without padding; ours are written as (row, weight)."""
+    found = []
+    for token, weight in next(iter(clip.tokenize(prompt).values()))[0][1:]:
+        if torch.is_tensor(token):
+            found.append(("vector", round(weight, 3)))
+        elif token in (49407, 0):
+            break
+        else:
+            found.append((token, round(weight, 3)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain"),
+    [
+        ("S* on grass", "_ on grass"),
+        ("a photo of S*", "a photo of _"),
+        ("a photo of S* on grass", "a photo of _ on grass"),
+        ("a photo of S*, on grass", "a photo of _, on grass"),
+        ("a photo of S*.", "a photo of _."),
+        ('the "S*"!', 'the "_"!'),
+        ("S*'s hat", "_'s hat"),
+        ("s* in lower case", "_ in lower case"),
+        ("S* and S*", "_ and _"),
+        ("a\nS*\nb", "a\n_\nb"),
+        (r"\(S*\)", r"\(_\)"),
+    ],
+)
+def test_word_works_anywhere(graph, word, prompt, plain):
+    clip = with_words(graph.clip, word("S*"))
+    expected = []
+    for part in plain.replace("_", "\0_\0").split("\0"):
+        expected += [("vector", 1.0)] * 2 if part == "_" else tokens(graph.clip, part)
+    assert tokens(clip, prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "weight"),
+    [("(S*:1.2)", 1.2), ("(S*)", 1.1), ("((S*))", 1.21), ("a (photo of S*:0.5) b", 0.5)],
+)
+def test_word_takes_weights(graph, word, prompt, weight):
+    found = [token for token in tokens(with_words(graph.clip, word("S*")), prompt) if token[0] == "vector"]
+    assert found == [("vector", weight)] * 2
+
+
+@pytest.mark.parametrize("prompt", ["a category", "concat", "cat-like", "bobcat cats", "cat_2", "embedding:cat"])
+def test_words_that_contain_the_trigger_are_untouched(graph, word, prompt):
+    assert tokens(with_words(graph.clip, word("cat")), prompt) == tokens(graph.clip, prompt)
+
+
+def test_words_can_be_chained(graph, word):
+    first, second = word("S*", 1), word("T*", 3)
+    clip = with_words(with_words(graph.clip, first), second)
+    assert [token[0] for token in tokens(clip, "S* T* S*")] == ["vector"] * 5
+    for part, (row, *_) in clip.tokenize("T* S*").items():
+        key = {"l": "clip_l", "g": "clip_g"}[part]
+        values = [token for token, _ in row if torch.is_tensor(token)]
+        assert torch.equal(torch.stack(values), torch.cat([second.vectors[key], first.vectors[key]]))
+
+
+def test_graphs_own_clip_keeps_working(graph, word):
+    before = graph.clip.encode_from_tokens(graph.clip.tokenize("a photo of S*"))
+    clip = with_words(graph.clip, word("S*"))
+    assert not torch.equal(clip.encode_from_tokens(clip.tokenize("a photo of S*")), before)
+    assert torch.equal(graph.clip.encode_from_tokens(graph.clip.tokenize("a photo of S*")), before)
+
+
+@pytest.mark.parametrize("prompt", ["a photo of {}", "{} here", "a (photo of {}:1.3) on grass, red"])
+def test_file_and_node_give_the_same_conditioning(graph, word, embeddings_folder, prompt):
+    """Stock ``embedding:NAME`` against Apply Embedding, bit for bit."""
+    embedding = word("S*", 3)
+    formats.write(embedding, embeddings_folder / "same.safetensors")
+    ours = with_words(graph.clip, embedding)
+    # Stock ComfyUI needs a blank before "embedding:" inside brackets, and one after the name.
+    stock = prompt.replace("{}", " embedding:same ")
+    for one, other in zip(
+        ours.encode_from_tokens(ours.tokenize(prompt.replace("{}", "S*")), return_pooled=True),
+        graph.clip.encode_from_tokens(graph.clip.tokenize(stock), return_pooled=True),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_stock_word_and_ours_in_one_prompt(graph, word, embeddings_folder):
+    formats.write(word("F*", 1), embeddings_folder / "other.safetensors")
+    clip = with_words(graph.clip, word("S*", 1))
+    assert [token[0] for token in tokens(clip, "embedding:other S*")][-1] == "vector"
+    assert sum(token[0] == "vector" for token in tokens(clip, "a embedding:other S*")) == 2
+
+
+def test_embedding_of_another_model_is_refused(graph):
+    with pytest.raises(UserError, match=r"made for another model: it has clip_l \(768\), the CLIP takes clip_l \(32\)"):
+        with_words(graph.clip, Embedding("S*", {"clip_l": torch.zeros(1, 768)}))
+
+
+def test_strength_scales_the_vectors(graph, word):
+    embedding = word("S*")
+    for key, vectors in embedding.scaled(0.5).vectors.items():
+        assert torch.equal(vectors, embedding.vectors[key] * 0.5)
