@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from autoencoder import SHARP_DECODER, NarrowTAESD, to_diffusers
 from dataset import load_set
+from muon import Muon
 from parallel import Clock, run
 from PIL import Image
 from torch import Tensor
@@ -67,13 +68,16 @@ def train(vae: NarrowTAESD, images: Tensor, minutes: float, peak: float, batch: 
     """Leaves the moving average of the weights in the autoencoder."""
     vae.encoder.requires_grad_(not decoder_only)
     parameters = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.97), weight_decay=1e-4)
+    kernels = [p for p in parameters if p.ndim == 4 and min(p.shape[:2]) > 4]
+    others = [p for p in parameters if p.ndim < 4 or min(p.shape[:2]) <= 4]
+    optimizers = [Muon(kernels, peak), torch.optim.AdamW(others, peak, betas=(0.9, 0.97))]
     average = [p.detach().clone() for p in vae.parameters()]
     noise = 0.03 if decoder_only else 0.05
     clock, step = Clock(minutes), 0
     while clock.progress < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(peak, step, clock.progress)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(peak, step, clock.progress)
         target = as_batch(images[torch.randint(HELD_BACK, len(images), (batch,))])
         latents = vae.encoder(target)
         output = vae.decoder(latents + noise * torch.randn_like(latents))
@@ -81,8 +85,9 @@ def train(vae: NarrowTAESD, images: Tensor, minutes: float, peak: float, batch: 
         loss.backward()
         clock.share_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         decay = min(0.998, step / (step + 20))
         torch._foreach_lerp_(average, [p.detach() for p in vae.parameters()], 1 - decay)
@@ -102,6 +107,8 @@ def worker(args: argparse.Namespace) -> None:
         vae = NarrowTAESD(decoder_blocks=SHARP_DECODER)
         vae.load_state_dict(torch.load(target), strict=False)
         target = args.work / "vae_sharp.pt"
+    elif args.go_on:
+        vae.load_state_dict(torch.load(target))
     vae = vae.to(memory_format=torch.channels_last)
     torch.manual_seed(1 + dist.get_rank())  # but pictures and noise of its own
     train(vae, images, args.minutes, args.learning_rate, args.batch, args.decoder_only)
@@ -125,6 +132,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--decoder-only", action="store_true")
+    parser.add_argument("--go-on", action="store_true", help="start from WORK/vae.pt")
     parser.add_argument("--learning-rate", type=float, default=2.5e-3)
     parser.add_argument("--batch", type=int, default=4, help="of each process")
     parser.add_argument("--processes", type=int, default=2)

@@ -1,5 +1,6 @@
 from comfy_api.latest import io
 
+from ..textual_inversion.adapters.comfyui_words import with_words
 from ..textual_inversion.prompts import check_trigger
 from .sockets import CATEGORY, EmbeddingSocket
 
@@ -36,8 +37,6 @@ class ApplyEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, embedding, trigger, strength) -> io.NodeOutput:
-        from ..textual_inversion.adapters.comfyui_words import with_words
-
         word = trigger.strip() or embedding.trigger
         check_trigger(word)
         return io.NodeOutput(with_words(clip, embedding.renamed(word).scaled(strength)))

@@ -1,7 +1,9 @@
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 import comfy.utils
 import torch
@@ -20,6 +22,7 @@ from ..textual_inversion import (
     formats,
     train,
 )
+from ..textual_inversion.adapters.comfyui import ComfyModel
 from ..textual_inversion.dataset import Dataset, make_dataset
 from ..textual_inversion.prompts import check_trigger, place_word
 from .files import base_model, embeddings_folder, file_name, temporary_folder
@@ -80,8 +83,6 @@ class Train(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, images, masks=None, captions=None, settings=None, **widgets) -> io.NodeOutput:
-        from ..textual_inversion.adapters.comfyui import ComfyModel
-
         values = {name: value[0] for name, value in widgets.items()} | (settings or [{}])[0]
         config, preview = _make(TrainConfig, values), _make(PreviewConfig, values)
         check_trigger(config.trigger)
@@ -89,11 +90,10 @@ class Train(io.ComfyNode):
             ours = ComfyModel(model[0], clip[0], vae[0], config.gradient_checkpointing)
             dataset = make_dataset(ours.encode_images, _single(images), _single(masks or []), captions or [], config)
             run = _Run(config, preview, base_model(cls.hidden.prompt, cls.hidden.unique_id))
-            run.learn(ours, dataset)
-        loss_map = {"loss": run.losses}
+            embedding, report = run.learn(ours, dataset)
         pictures = torch.cat(run.pictures)
-        shown = {"text": [run.report], **ui.PreviewImage(pictures, cls=cls).as_dict()}
-        return io.NodeOutput(run.embedding, loss_map, pictures, run.report, ui=shown)
+        shown = {"text": [report], **ui.PreviewImage(pictures, cls=cls).as_dict()}
+        return io.NodeOutput(embedding, {"loss": run.losses}, pictures, report, ui=shown)
 
 
 @dataclass
@@ -105,52 +105,65 @@ class _Run:
     base_model: str
     losses: list[float] = field(default_factory=list)
     pictures: list[Tensor] = field(default_factory=list)
-    embedding: Embedding | None = None
-    report: str = ""
 
-    def learn(self, model, dataset: Dataset) -> None:
-        """Fills ``losses``, ``pictures``, ``embedding`` and ``report``."""
-        config, shape, stopped, step = self.config, dataset.latents[0].shape, "", None
-        progress, started = comfy.utils.ProgressBar(config.steps), time.perf_counter()
-        prompts = [prompt for choices in dataset.prompts for prompt in choices]
+    def learn(self, model: ComfyModel, dataset: Dataset) -> tuple[Embedding, str]:
+        """The learned embedding and a report; ``losses`` and ``pictures`` are filled on the way."""
+        config, started = self.config, time.perf_counter()
         with model:
             embedding = model.initial_embedding(config.trigger, config.initializer, config.vectors).trainable()
+            prompts = [prompt for choices in dataset.prompts for prompt in choices]
             model.check_prompts(prompts, embedding)
             model.check_fit(dataset.latents[0], prompts[0], embedding)
-            try:
-                for step in train(model, embedding, dataset, config):
-                    self.losses.append(step.fixed_loss if step.loss is None else step.loss)
-                    shown = None
-                    if self.preview.preview_every and step.number % self.preview.preview_every == 0:
-                        with model.paused():
-                            shown = self._draw(model, embedding.snapshot(), shape)
-                    progress.update_absolute(step.number, config.steps, shown)
-                    throw_exception_if_processing_interrupted()
-            except TrainingStopped as error:
-                stopped = f" {error} The vectors of step {step.best_number} are kept."
-                logging.warning("Textual inversion: %s", stopped.strip())
-            except BaseException:  # ComfyUI's interrupt is no Exception
-                if step is not None and step.number > 0:
-                    self._keep(step, formats.free_path(embeddings_folder(), f"{self._file}-partial"))
-                raise
-        self._keep(step, formats.free_path(temporary_folder(), self._file))
-        self._draw(model, self.embedding, shape)
-        self.report = self._describe(step, len(dataset.latents), time.perf_counter() - started) + stopped
+            step, stopped = self._follow(train(model, embedding, dataset, config), model, embedding, dataset)
+        learned = self._keep(step, formats.free_path(temporary_folder(), file_name(config.trigger)))
+        self._draw(model, learned, dataset)
+        report = (
+            f"{config.trigger}: {learned.describe()}, learned from {len(dataset.latents)} pictures.\n"
+            f"{step.number} steps of {config.batch_size * config.accumulation} in "
+            f"{time.perf_counter() - started:.0f} s, previews included.\n"
+            f"Loss on fixed noise: {self.losses[0]:.4f} before, {step.best_loss:.4f} at step "
+            f"{step.best_number}, which is kept.{stopped}"
+        )
+        return learned, report
 
-    @property
-    def _file(self) -> str:
-        return file_name(self.config.trigger)
+    def _follow(
+        self, steps: Iterator[Step], model: ComfyModel, embedding: Embedding, dataset: Dataset
+    ) -> tuple[Step, str]:
+        """The last good step, and why it is the last if training stopped by itself."""
+        progress = comfy.utils.ProgressBar(self.config.steps)
+        step = next(steps)
+        try:
+            while True:
+                self.losses.append(step.loss)
+                picture = None
+                if self.preview.preview_every and step.number % self.preview.preview_every == 0:
+                    with model.paused():
+                        picture = self._draw(model, embedding.snapshot(), dataset)
+                progress.update_absolute(step.number, self.config.steps, picture)
+                throw_exception_if_processing_interrupted()
+                step = next(steps)
+        except StopIteration:
+            return step, ""
+        except TrainingStopped as error:
+            stopped = f"{error} The vectors of step {step.best_number} are kept."
+            logging.warning("Textual inversion: %s", stopped)
+            return step, f"\n{stopped}"
+        except BaseException:  # ComfyUI's interrupt is no Exception
+            if step.number > 0:
+                name = f"{file_name(self.config.trigger)}-partial"
+                self._keep(step, formats.free_path(embeddings_folder(), name))
+            raise
 
-    def _draw(self, model, embedding: Embedding, shape):
+    def _draw(self, model: ComfyModel, embedding: Embedding, dataset: Dataset) -> tuple[str, Image.Image, int]:
         """One preview picture, in the form the progress bar takes."""
-        config, preview = self.config, self.preview
-        prompt = place_word(preview.preview_prompt, config.trigger)
-        picture = model.generate(prompt, embedding, shape, config.seed, preview.preview_steps, preview.preview_cfg)
+        preview, shape = self.preview, dataset.latents[0].shape
+        prompt = place_word(preview.preview_prompt, self.config.trigger)
+        picture = model.generate(prompt, embedding, shape, self.config.seed, preview.preview_steps, preview.preview_cfg)
         self.pictures.append(picture)
         return "JPEG", Image.fromarray((picture[0] * 255).round().byte().numpy()), 512
 
-    def _keep(self, step: Step, path) -> None:
-        """Takes the best vectors so far and writes them to disk."""
+    def _keep(self, step: Step, path: Path) -> Embedding:
+        """The best vectors so far with all that is known about them, written to disk."""
         metadata = {
             "base_model": self.base_model,
             "steps": str(step.best_number),
@@ -158,18 +171,10 @@ class _Run:
             "settings": json.dumps(asdict(self.config)),
             "version": __version__,
         }
-        self.embedding = Embedding(step.best.trigger, step.best.vectors, metadata)
-        formats.write(self.embedding, path)
+        embedding = Embedding(step.best.trigger, step.best.vectors, metadata)
+        formats.write(embedding, path)
         logging.info("Textual inversion: %s is in %s", self.config.trigger, path)
-
-    def _describe(self, step: Step, pictures: int, seconds: float) -> str:
-        config = self.config
-        return (
-            f"{config.trigger}: {self.embedding.describe()}, learned from {pictures} pictures.\n"
-            f"{step.number} steps of {config.batch_size * config.accumulation} in {seconds:.0f} s, previews included.\n"
-            f"Loss on fixed noise: {self.losses[0]:.4f} before, {step.best_loss:.4f} at step {step.best_number}, "
-            "which is kept."
-        )
+        return embedding
 
 
 def _make(config: type, values: dict):

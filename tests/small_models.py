@@ -34,7 +34,6 @@ DEPTHS = {
 
 def write_checkpoint(name: str, path: Path) -> None:
     """``name`` is SmallSD1 or SmallSDXL. Seeded, and lively enough for gradients of a normal size."""
-    generator = torch.Generator().manual_seed(0)
     family = next(model for model in comfy.supported_models.models if model.__name__ == name)
     config = family({**UNET, **family.unet_config, **DEPTHS[name]})
     if name == "SmallSD1":
@@ -44,8 +43,7 @@ def write_checkpoint(name: str, path: Path) -> None:
     clip = target.clip(device="cpu", dtype=torch.float32)
     autoencoder = TAESD()
     for module in (model.diffusion_model, clip, autoencoder):
-        for key, parameter in module.state_dict().items():
-            _randomise(key, parameter, generator)
+        randomise(module)
     vae = {f"first_stage_model.{key}": value for key, value in autoencoder.state_dict().items()}
     state = {f"model.diffusion_model.{key}": value for key, value in model.diffusion_model.state_dict().items()}
     state |= config.process_clip_state_dict_for_saving(clip.state_dict()) | vae
@@ -53,15 +51,16 @@ def write_checkpoint(name: str, path: Path) -> None:
     save_file({key: value.detach().contiguous() for key, value in state.items()}, path)
 
 
-def _randomise(key: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
-    if not parameter.is_floating_point() or parameter.ndim == 0:
-        return
-    noise = torch.randn(parameter.shape, generator=generator)
-    if parameter.ndim == 1:
-        norm = key.endswith("weight")
-        parameter.copy_(norm + 0.05 * noise)
-    elif "embedding" in key:
-        parameter.copy_(0.3 * noise)
-    else:
-        fan_in = parameter[0].numel()
-        parameter.copy_(noise / fan_in**0.5)
+def randomise(module: torch.nn.Module) -> None:
+    """Seeded weights of a size that keeps activations and gradients in a normal range."""
+    generator = torch.Generator().manual_seed(0)
+    for key, parameter in module.state_dict().items():
+        if not parameter.is_floating_point() or parameter.ndim == 0:
+            continue
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            parameter.copy_(key.endswith("weight") + 0.05 * noise)
+        elif "embedding" in key:
+            parameter.copy_(0.3 * noise)
+        else:
+            parameter.copy_(noise / parameter[0].numel() ** 0.5)

@@ -21,8 +21,8 @@ class Step:
     """What one optimizer step did. Step 0 is the state before the first."""
 
     number: int
-    loss: float | None
-    """Loss on the random batch of this step; noisy. None for step 0."""
+    loss: float
+    """Loss on the random batch of this step, noisy; of step 0 the loss on fixed noise."""
     learning_rate: float
     fixed_loss: float | None
     """Loss on fixed noise, comparable between steps; None where it was not measured."""
@@ -54,14 +54,14 @@ def train(model: DiffusionModel, embedding: Embedding, dataset: Dataset, config:
             "The loss is not a number before the first step: this model or VAE overflows in its "
             "precision. Try a bf16 or fp32 model, or a VAE that works in fp16."
         )
-    yield Step(0, None, 0.0, best_loss, best, best_number, best_loss)
+    yield Step(0, best_loss, 0.0, best_loss, best, best_number, best_loss)
 
     for number in range(1, config.steps + 1):
         loss = 0.0
         for batch in islice(batches, config.accumulation):
             loss += _backward(model, embedding, batch, config.accumulation)
         _check_gradients(model, embedding, loss, number)
-        learning_rate = schedule.get_last_lr()[0]
+        learning_rate = float(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=False)

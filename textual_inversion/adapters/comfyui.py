@@ -51,7 +51,7 @@ class ComfyModel:
             stack.enter_context(torch.enable_grad())
             # As core's Train LoRA does: everything else may leave the device, these two stay whole.
             comfy.model_management.load_models_gpu(
-                [self._patcher, self._clip.patcher], memory_required=1e20, force_full_load=True
+                [self._patcher, self._clip.patcher], memory_required=int(1e20), force_full_load=True
             )
             network, encoder = self._patcher.model, self._clip.cond_stage_model
             stack.enter_context(ordinary_weights(network))

@@ -24,7 +24,8 @@ def ordinary_weights(module: nn.Module) -> Iterator[None]:
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for part in module.modules():
-            for store in (part._parameters, part._buffers):
+            stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for store in stores:
                 for name, tensor in store.items():
                     if tensor is not None and tensor.is_inference():
                         replaced.append((store, name, tensor))
@@ -106,7 +107,7 @@ def _recomputed(forward, *args, **kwargs):
 
     snapshot = [dict(value) if isinstance(value, dict) else value for value in args]
     named = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-    return checkpoint(run, *snapshot, use_reentrant=False, **named)
+    return checkpoint(functools.partial(run, **named), *snapshot, use_reentrant=False)
 
 
 def _fresh(value: Any) -> Any:

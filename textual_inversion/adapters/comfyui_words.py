@@ -2,6 +2,7 @@
 
 import copy
 import re
+from typing import Any
 
 from comfy.sd import CLIP
 from comfy.sd1_clip import SDTokenizer
@@ -20,6 +21,7 @@ class _KnowsWords:
     """Mixed into a copy of a tokenizer. ``words`` maps a trigger to its vectors, (vectors, width)."""
 
     words: dict[str, Tensor]
+    embedding_directory: Any
 
     def tokenize_with_weights(self, text: str, *args, **kwargs):
         for number, trigger in enumerate(self.words):
@@ -76,7 +78,7 @@ def with_words(clip: CLIP, embedding: Embedding) -> CLIP:
         words = {**getattr(part, "words", {}), embedding.trigger: embedding.vectors[part.embedding_key]}
         if not isinstance(part, _KnowsWords):
             part.__class__ = type(type(part).__name__, (_KnowsWords, type(part)), {})
-        part.words = words
+        vars(part)["words"] = words
         part.embedding_directory = part.embedding_directory or []  # None would switch embeddings off
         setattr(clip.tokenizer, name, part)
     return clip
