@@ -24,12 +24,11 @@ def ordinary_weights(module: nn.Module) -> Iterator[None]:
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for part in module.modules():
-            stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-            for store in stores:
+            for store in (part._parameters, part._buffers):
                 for name, tensor in store.items():
                     if tensor is not None and tensor.is_inference():
                         replaced.append((store, name, tensor))
-                        store[name] = _ordinary(tensor)
+                        store[name] = _ordinary(tensor)  # type: ignore[assignment]
         yield
     finally:
         for store, name, tensor in replaced:
