@@ -135,18 +135,13 @@ class ComfyServer:
         run.history = self._get(f"/history/{run.prompt_id}")[run.prompt_id]
         return run
 
-    def run_workflow(self, path: Path, timeout: int = 600) -> dict[str, Any]:
-        """Run a saved workflow (the front end's format) with `comfy run`; return its envelope.
-
-        `data.outputs` has an address for every picture that was saved.
-        """
+    def run_workflow(self, path: Path, timeout: int = 600) -> None:
+        """Run a saved workflow (the front end's format) with `comfy run`, which shows its progress."""
         command, environment = comfy_cli(self.base / "home")
-        command += ["run", "--workflow", str(path), "--wait", "--json", "--timeout", str(timeout)]
+        command += ["run", "--workflow", str(path), "--wait", "--timeout", str(timeout)]
         command += ["--where", "local", "--host", "127.0.0.1", "--port", str(self.port)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise ComfyError(f"comfy run {path.name}: {_tail(done.stdout)}\n{_tail(done.stderr)}")
-        return json.loads(done.stdout.splitlines()[-1])
+        if subprocess.run(command, env=environment).returncode != 0:
+            raise ComfyError(f"comfy run {path.name} failed:\n{_tail(self.log)}")
 
     def interrupt(self) -> None:
         """Stop the graph that is running."""

@@ -1,6 +1,7 @@
 """The training loop on ComfyUI's own SD1 and SDXL classes at small width."""
 
 import comfy.model_management
+import psutil
 import pytest
 import torch
 from ti_pack.textual_inversion import TrainConfig, TrainingError, TrainingStopped, train
@@ -75,6 +76,21 @@ def test_weights_are_shared_and_put_back(graph):
             assert "forward" not in vars(part)
     assert comfy.model_management.in_training is False
     assert not torch.is_inference_mode_enabled()
+
+
+def test_weights_take_no_memory_twice(checkpoints, load):
+    """Resident memory, beside the addresses above: a copy of these 30 MB would show."""
+    graph = load(checkpoints["SmallSDXL"])
+    tensors = [*graph.model.model.parameters(), *graph.clip.cond_stage_model.parameters()]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert weights > 25 * 2**20
+    with ComfyModel(*graph):
+        pass  # whatever ComfyUI loads the first time
+    process = psutil.Process()
+    before = process.memory_info().rss
+    with ComfyModel(*graph):
+        grown = process.memory_info().rss - before
+    assert grown < weights / 2
 
 
 class Interrupt(BaseException):
