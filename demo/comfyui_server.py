@@ -26,6 +26,7 @@ import psutil
 import requests
 import websocket
 from get_comfyui import ROOT, comfy_cli, comfyui_path
+from tqdm import tqdm
 
 START_SECONDS = 300
 STOP_SECONDS = 15
@@ -135,13 +136,26 @@ class ComfyServer:
         run.history = self._get(f"/history/{run.prompt_id}")[run.prompt_id]
         return run
 
-    def run_workflow(self, path: Path, timeout: int = 600) -> None:
-        """Run a saved workflow (the front end's format) with `comfy run`, which shows its progress."""
+    def run_workflow(self, path: Path, timeout: int = 600) -> dict[str, Any]:
+        """Run a saved workflow (the front end's format) with `comfy run`, a progress bar on screen.
+
+        Returns comfy-cli's closing words; `data.outputs` has an address for every saved picture.
+        """
         command, environment = comfy_cli(self.base / "home")
-        command += ["run", "--workflow", str(path), "--wait", "--timeout", str(timeout)]
+        command += ["run", "--workflow", str(path), "--wait", "--json", "--timeout", str(timeout)]
         command += ["--where", "local", "--host", "127.0.0.1", "--port", str(self.port)]
-        if subprocess.run(command, env=environment).returncode != 0:
-            raise ComfyError(f"comfy run {path.name} failed:\n{_tail(self.log)}")
+        event: dict[str, Any] = {}
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process, tqdm() as bar:
+            for line in process.stdout or ():
+                event = json.loads(line)
+                if event["type"] == "executing":
+                    bar.set_description(event["title"])
+                elif event["type"] == "progress":
+                    bar.total, bar.n = event["total"], event["completed"]
+                    bar.refresh()
+        if process.returncode != 0:
+            raise ComfyError(f"comfy run {path.name}: {json.dumps(event, indent=1)}\n{_tail(self.log)}")
+        return event
 
     def interrupt(self) -> None:
         """Stop the graph that is running."""

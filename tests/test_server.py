@@ -106,6 +106,18 @@ def node(class_type, **inputs):
     return {"class_type": class_type, "inputs": inputs}
 
 
+def test_comfyui_in_this_process_stays_on_the_cpu():
+    """The other tests' ComfyUI: on the CPU, with ComfyUI's own ``nodes`` and in temporary folders."""
+    import comfy.model_management
+    import folder_paths
+
+    import nodes
+
+    assert comfy.model_management.get_torch_device().type == "cpu"
+    assert "KSampler" in nodes.NODE_CLASS_MAPPINGS  # type: ignore[attr-defined]
+    assert "comfyui-tests-" in folder_paths.get_folder_paths("embeddings")[0]
+
+
 def picture_of(server, run):
     (entry,) = run.history["outputs"]["picture"]["images"]
     return Image.open(server.base / "output" / entry["subfolder"] / entry["filename"]).convert("RGB").tobytes()
