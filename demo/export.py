@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import torch
-from autoencoder import NarrowTAESD, to_diffusers
+from autoencoder import SHARP_DECODER, NarrowTAESD, to_diffusers
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
@@ -115,8 +115,10 @@ def export(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, vae: Autoenc
 
 
 def load_vae(path: Path) -> AutoencoderTiny:
-    narrow = NarrowTAESD()
-    narrow.load_state_dict(torch.load(path))
+    weights = torch.load(path)
+    sharp = NarrowTAESD(decoder_blocks=SHARP_DECODER)
+    narrow = sharp if weights.keys() == sharp.state_dict().keys() else NarrowTAESD()
+    narrow.load_state_dict(weights)
     return to_diffusers(narrow)
 
 

@@ -13,13 +13,14 @@ def import_pack() -> None:
 
     The root is never on ``sys.path``: the name ``nodes`` belongs to ComfyUI.
     """
-    pack = ModuleType("ti_pack")
+    pack = sys.modules.setdefault("ti_pack", ModuleType("ti_pack"))
     pack.__path__ = [str(ROOT)]
-    sys.modules["ti_pack"] = pack
 
 
 def import_comfyui(base: Path) -> None:
-    """ComfyUI on the CPU, with its models, input and output folders below ``base``."""
+    """ComfyUI on the CPU, with its models, input and output folders below ``base``; once a process."""
+    if "comfy" in sys.modules:
+        return
     sys.path.insert(0, str(comfyui_path()))
     from comfy.cli_args import args  # reads no command line unless main.py tells it to
 
@@ -31,6 +32,8 @@ def import_comfyui(base: Path) -> None:
 
 def import_folder(name: str, folder: Path) -> ModuleType:
     """A package from a folder whose parent is not on ``sys.path``, under the name ``name``."""
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
     assert spec is not None
     assert spec.loader is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ class Clock:
 
     def __init__(self, minutes: float) -> None:
         self.minutes, self.start, self.progress = minutes, time.time(), 0.0
+        self.parent = os.getppid()
 
     @property
     def seconds(self) -> float:
@@ -40,6 +42,8 @@ class Clock:
 
     def share_gradients(self, parameters: list[Tensor]) -> None:
         """Average the gradients, and the progress, over the processes."""
+        if os.getppid() != self.parent:
+            raise SystemExit("the process that started this one is gone")
         now = torch.tensor([self.seconds / (60 * self.minutes)])
         together = torch.cat([*(p.grad.reshape(-1) for p in parameters), now])
         dist.all_reduce(together)

@@ -24,7 +24,7 @@ from train_vae import as_batch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 TEXT_WIDTH = 96
-UNET_WIDTHS = (96, 192)
+UNET_WIDTHS = (64, 128)
 HEADS = 4
 NULL_CAPTIONS = 0.1
 FULL_CONTEXT_EVERY = 5  # other steps leave out padding: the text encoder is causal
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--save-every", type=float, default=15, help="minutes")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--batch", type=int, default=32, help="of each process")
+    parser.add_argument("--batch", type=int, default=16, help="of each process")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     run(worker, args, args.processes)

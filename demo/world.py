@@ -8,6 +8,7 @@ so a picture of this world can be checked by a judge.  Everything is derived fro
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -103,9 +104,9 @@ class Picture:
 # ---------------------------------------------------------------- who and what there is
 
 
-def random_character(rng: random.Random) -> Character:
-    colour = rng.choice(list(COLOURS))
-    second = rng.choice([c for c in COLOURS if contrast(c, colour) > MIN_CONTRAST])
+def random_character(rng: random.Random, colours: Iterable[str] = COLOURS) -> Character:
+    colour = rng.choice(list(colours))
+    second = rng.choice([c for c in colours if contrast(c, colour) > MIN_CONTRAST])
     pattern = rng.choice(PATTERNS + PATTERNS[1:])  # every pattern twice as often as plain
     ears = rng.choice(EARS)
     return Character(rng.choice(SHAPES), colour, second, pattern, rng.choice(EYES), ears)

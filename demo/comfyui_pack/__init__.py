@@ -13,7 +13,8 @@ import comfy.supported_models
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 from comfy.supported_models_base import ClipTarget
 
-WIDTH = 96  # of the text encoder, of what it gives to the UNet, and of the UNet's first level
+WIDTH = 96  # of the text encoder, and so of what it gives to the UNet
+CHANNELS = 64  # of the UNet's first level
 HEADS = 4
 TEXT_ENCODER = {
     "num_hidden_layers": 3,
@@ -61,7 +62,7 @@ class ToySD(comfy.supported_models.SD15):
 
     unet_config = comfy.supported_models.SD15.unet_config | {
         "context_dim": WIDTH,
-        "model_channels": WIDTH,
+        "model_channels": CHANNELS,
     }
     unet_extra_config = {"num_heads": HEADS, "num_head_channels": -1}
 
