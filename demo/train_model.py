@@ -94,6 +94,11 @@ class Words:
         large.load_state_dict(weights | {name: table})
         return large.eval()
 
+    def part(self, large: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a text encoder with the whole vocabulary, cut to these words."""
+        name = next(n for n in large if n.endswith("token_embedding.weight"))
+        return large | {name: large[name][self.used]}
+
 
 class Average:
     """A moving average of parameters, and a copy of the modules that carries it."""
@@ -121,13 +126,15 @@ class Average:
 
 
 def new_optimizer(modules: nn.ModuleList, peak: float) -> torch.optim.AdamW:
-    """Weight decay for matrices and kernels, none for biases, norms and embeddings."""
+    """Weight decay for matrices and kernels alone; words, each of them rare, learn faster."""
     named = list(modules.named_parameters())
-    plain = [p for n, p in named if p.ndim < 2 or "embedding.weight" in n]
-    chosen = {id(p) for p in plain}
+    words = [p for n, p in named if n.endswith("token_embedding.weight")]
+    matrices = [p for n, p in named if p.ndim > 1 and not n.endswith("embedding.weight")]
+    chosen = {id(p) for p in words + matrices}
     groups = [
-        {"params": [p for _, p in named if id(p) not in chosen], "weight_decay": 0.01},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": 0.01, "faster": 1},
+        {"params": [p for _, p in named if id(p) not in chosen], "weight_decay": 0.0, "faster": 1},
+        {"params": words, "weight_decay": 0.0, "faster": 3},
     ]
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
 
@@ -144,7 +151,7 @@ def train(args: argparse.Namespace, modules: nn.ModuleList, latents: Tensor, wor
     while clock.progress < 1:
         rate = args.learning_rate * min(1, (step + 1) / 200)
         for group in optimizer.param_groups:
-            group["lr"] = rate * (0.49 * (1 + math.cos(math.pi * clock.progress)) + 0.02)
+            group["lr"] = group["faster"] * rate * (0.49 * (1 + math.cos(math.pi * clock.progress)) + 0.02)
         if len(order) < args.batch:
             order = torch.randperm(len(latents))
         chosen, order = order[: args.batch], order[args.batch :]
@@ -189,7 +196,11 @@ def worker(args: argparse.Namespace) -> None:
     torch.manual_seed(2)  # the same start in every process
     unet = new_unet(latents.shape[-1]).to(memory_format=torch.channels_last)
     modules = nn.ModuleList([unet, new_text_encoder(len(words.used))])
-    torch.manual_seed(3 + dist.get_rank())
+    if args.go_on:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.work / "model/unet").state_dict())
+        trained = CLIPTextModel.from_pretrained(args.work / "model/text_encoder")
+        modules[1].load_state_dict(words.part(trained.state_dict()))
+    torch.manual_seed(args.seed + dist.get_rank())
     print(f"{len(latents)} latents, {len(words.used)} words, context {words.longest}", flush=True)
     train(args, modules, latents, words)
 
@@ -201,6 +212,8 @@ def main() -> None:
     parser.add_argument("--save-every", type=float, default=15, help="minutes")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=16, help="of each process")
+    parser.add_argument("--go-on", action="store_true", help="start from WORK/model")
+    parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     run(worker, args, args.processes)
