@@ -1,6 +1,6 @@
 """Write a UNet, a text encoder and a TAESD as one fp16 checkpoint with Stable Diffusion 1 names.
 
-python export.py MODEL_FOLDER VAE.pt OUT.safetensors
+python export.py CHECKPOINT VAE.pt OUT.safetensors     puts another autoencoder into a checkpoint
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from autoencoder import SHARP_DECODER, NarrowTAESD, to_diffusers
 from diffusers import AutoencoderTiny, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -124,13 +124,13 @@ def load_vae(path: Path) -> AutoencoderTiny:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="a folder with unet/ and text_encoder/")
+    parser.add_argument("checkpoint", type=Path, help="written by train_model.py")
     parser.add_argument("vae", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    unet = UNet2DConditionModel.from_pretrained(args.model / "unet")
-    text_encoder = CLIPTextModel.from_pretrained(args.model / "text_encoder")
-    export(unet, text_encoder, load_vae(args.vae), args.out)
+    weights = load_file(args.checkpoint)
+    vae = {name: value.half() for name, value in vae_tensors(load_vae(args.vae)).items() if "vae_s" not in name}
+    save_file(weights | vae, args.out, metadata={"format": "pt"})
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
 
 

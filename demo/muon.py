@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -25,11 +26,18 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """The iteration takes longer than the step itself: every process does its share of the parameters."""
         for group in self.param_groups:
-            for parameter in group["params"]:
+            changes = [torch.zeros_like(parameter) for parameter in group["params"]]
+            for index in range(dist.get_rank(), len(changes), dist.get_world_size()):
+                parameter = group["params"][index]
                 velocity = self.state[parameter].setdefault("velocity", torch.zeros_like(parameter))
                 velocity.lerp_(parameter.grad, 1 - group["momentum"])
                 push = parameter.grad.lerp(velocity, group["momentum"]).flatten(1)
                 length = 0.2 * max(push.shape) ** 0.5
-                change = orthogonal(push).view_as(parameter)
-                parameter.add_(change, alpha=-group["lr"] * length)
+                changes[index] = length * orthogonal(push).view_as(parameter)
+            together = torch.cat([change.reshape(-1) for change in changes])
+            dist.all_reduce(together)
+            pieces = together.split([change.numel() for change in changes])
+            for parameter, piece in zip(group["params"], pieces, strict=True):
+                parameter.add_(piece.view_as(parameter), alpha=-group["lr"])

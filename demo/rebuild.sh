@@ -19,7 +19,7 @@ done
 "$python" "$demo/train_vae.py" "$work" --minutes 26
 "$python" "$demo/train_model.py" "$work" --minutes 75
 "$python" "$demo/train_vae.py" "$work" --minutes 8 --decoder-only
-"$python" "$demo/export.py" "$work/model" "$work/vae_sharp.pt" "$demo/models/toy.safetensors"
+"$python" "$demo/export.py" "$work/latest.safetensors" "$work/vae_sharp.pt" "$demo/models/toy.safetensors"
 "$python" "$demo/judge.py" train "$work"
 "$python" "$demo/make_concepts.py"
 "$python" "$demo/sampling.py" "$demo/sheet.jpg"

@@ -7,13 +7,10 @@ import random
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler
-from export import text_tensors, unet_tensors, vae_tensors
+from networks import read_checkpoint, sampling_schedule
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
-from text import VOCABULARY, tokenize
+from text import tokenize
 from torch import Tensor
-from train_model import new_text_encoder, new_unet
 from world import caption, named_styles, random_picture
 
 CHECKPOINT = Path(__file__).parent / "models" / "toy.safetensors"
@@ -23,28 +20,9 @@ class Sampler:
     """The checkpoint as diffusers classes."""
 
     def __init__(self, checkpoint: Path = CHECKPOINT) -> None:
-        weights = load_file(checkpoint)
-        self.unet, self.vae = new_unet(8), AutoencoderTiny()
-        self.text_encoder = new_text_encoder(VOCABULARY)
-        parts = (
-            (self.unet, unet_tensors(self.unet)),
-            (self.text_encoder, text_tensors(self.text_encoder)),
-            (self.vae, vae_tensors(self.vae)),
-        )
-        with torch.no_grad():
-            for module, named in parts:  # the named tensors are the modules' own memory
-                for name, parameter in named.items():
-                    parameter.copy_(weights[name])
-                module.eval().requires_grad_(False)
+        self.unet, self.text_encoder, self.vae = read_checkpoint(checkpoint)
         self.unet.to(memory_format=torch.channels_last)
-        self.schedule = DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        )
+        self.schedule = sampling_schedule()
 
     def text(self, prompts: list[str]) -> Tensor:
         return self.text_encoder(tokenize(prompts)).last_hidden_state

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
-from pathlib import Path
 
+from get_comfyui import comfyui_path
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -16,7 +15,7 @@ VOCABULARY = 49408
 
 @cache
 def tokenizer() -> CLIPTokenizer:
-    folder = Path(os.environ["COMFYUI_PATH"]) / "comfy" / "sd1_tokenizer"
+    folder = comfyui_path() / "comfy" / "sd1_tokenizer"
     return CLIPTokenizer.from_pretrained(folder, model_max_length=CONTEXT)
 
 

@@ -1,36 +1,36 @@
 """Where results go, and what they may be called."""
 
-import re
 from pathlib import Path
 
 import folder_paths
 
 from ..textual_inversion import UserError
 
-_NAME = re.compile(r"[\w\-+ ]{1,100}")
-_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)")
-
 
 def embeddings_folder() -> Path:
     return Path(folder_paths.get_folder_paths("embeddings")[0])
 
 
+def embedding_files() -> list[str]:
+    """Names of everything in the embeddings folders that can be read; ComfyUI's own list has no pictures."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths("embeddings")]
+    cards = {card.relative_to(folder).as_posix() for folder in folders for card in folder.rglob("*.png")}
+    return sorted({*folder_paths.get_filename_list("embeddings"), *cards})
+
+
+def embedding_file(name: str) -> Path:
+    """The file of that name. Raises UserError when it is outside the embeddings folders, by a link too."""
+    for folder in map(Path, folder_paths.get_folder_paths("embeddings")):
+        path = folder / name
+        if path.is_file():
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{name!r} leads out of the embeddings folder: put a copy of the file into it.")
+            return path
+    raise UserError(f"There is no {name!r} in the embeddings folder.")
+
+
 def temporary_folder() -> Path:
     return Path(folder_paths.get_temp_directory()) / "textual_inversion"
-
-
-def file_name(name: str) -> str:
-    """A name that every system and ComfyUI's ``embedding:NAME`` take.
-
-    Signs a trigger word may have but a file may not (``S*``, ``<cat>``) become ``_``.
-    Raises UserError where nothing sensible is left.
-    """
-    if any(sign in name for sign in "/\\.:"):
-        raise UserError(f"The name {name!r} must not contain slashes, dots or colons: give a plain name.")
-    clean = re.sub(r"[^\w\-+]", "_", name).strip("_") or "embedding"
-    if not _NAME.fullmatch(clean) or _RESERVED.fullmatch(clean):
-        raise UserError(f"{name!r} cannot name a file: choose a short name of letters and digits.")
-    return clean
 
 
 def base_model(prompt: dict | None, node_id: str | None) -> str:

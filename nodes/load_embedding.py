@@ -1,24 +1,42 @@
-from pathlib import Path
+import logging
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..textual_inversion import formats
+from .files import embedding_file, embedding_files
 from .sockets import CATEGORY, EmbeddingSocket
+
+NO_PARTNER = "none"
 
 
 class LoadEmbedding(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = [name for name in folder_paths.get_filename_list("embeddings") if name.endswith(".safetensors")]
+        files = embedding_files()
         return io.Schema(
             node_id="TI_LoadEmbedding",
             display_name="Load Embedding",
             category=CATEGORY,
-            description="Reads a file of models/embeddings, ours or somebody else's.",
+            description="Reads a file of models/embeddings, whatever trainer wrote it.",
             search_aliases=["load textual inversion", "embedding file", "open embedding"],
             inputs=[
-                io.Combo.Input("file", options=files, tooltip="A .safetensors file in ComfyUI's embeddings folder."),
+                io.Combo.Input(
+                    "file",
+                    options=files,
+                    tooltip="A file in ComfyUI's embeddings folder: safetensors, pt, bin or a PNG with an embedding.",
+                ),
+                io.Combo.Input(
+                    "partner",
+                    options=[NO_PARTNER, *files],
+                    optional=True,
+                    tooltip="The other of two files, where diffusers wrote one for each of SDXL's text encoders.",
+                ),
+                io.String.Input(
+                    "word",
+                    default="",
+                    optional=True,
+                    tooltip="Which word to take from a file that bundles several. Empty: the only one.",
+                ),
             ],
             outputs=[
                 EmbeddingSocket.Output(display_name="embedding", tooltip="Connect to Apply Embedding."),
@@ -27,10 +45,16 @@ class LoadEmbedding(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file):
-        return Path(folder_paths.get_full_path_or_raise("embeddings", file)).stat().st_mtime_ns
+    def fingerprint_inputs(cls, file, partner=NO_PARTNER, word=""):
+        return [embedding_file(name).stat().st_mtime_ns for name in (file, partner) if name != NO_PARTNER] + [word]
 
     @classmethod
-    def execute(cls, file) -> io.NodeOutput:
-        embedding = formats.read(Path(folder_paths.get_full_path_or_raise("embeddings", file)))
+    def execute(cls, file, partner=NO_PARTNER, word="") -> io.NodeOutput:
+        path = embedding_file(file)
+        if partner == NO_PARTNER:
+            embedding = formats.read(path, word.strip())
+        else:
+            embedding = formats.read_pair(path, embedding_file(partner))
+        if left_out := embedding.metadata.get("left out"):
+            logging.warning("Load Embedding: %s has vectors that no prompt can carry, left out: %s", file, left_out)
         return io.NodeOutput(embedding, embedding.trigger)

@@ -1,15 +1,10 @@
-import logging
 from pathlib import Path
 
 import folder_paths
-import node_helpers
-import numpy as np
-import torch
 from comfy_api.latest import io
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..textual_inversion import UserError
-from ..textual_inversion.dataset import fit
+from ..textual_inversion.pictures import load_folder
 from .sockets import CATEGORY
 
 
@@ -79,40 +74,6 @@ class LoadImages(io.ComfyNode):
     def execute(cls, folder, path, crop, size) -> io.NodeOutput:
         images, masks, captions = load_folder(_folder(folder, path), size, crop == "square")
         return io.NodeOutput(images, masks, captions)
-
-
-def load_folder(folder: Path, size: int, square: bool):
-    """Pictures (1, H, W, 3) in 0..1, masks (1, H, W) and captions of a folder, by file name.
-
-    Rotates as EXIF says; transparent parts become white in the picture and black in the mask.
-    Files that should be pictures and are not are named in a warning and left out.
-
-    Raises UserError when no picture is left.
-    """
-    images, masks, captions, broken = [], [], [], []
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
-        if file.suffix.lower() == ".txt" or not file.is_file() or file.name.startswith("."):
-            continue
-        try:
-            picture = ImageOps.exif_transpose(node_helpers.pillow(Image.open, file))
-            if picture.mode.startswith("I"):  # 16 bits a pixel
-                picture = picture.point(lambda value: value / 256).convert("L")
-            rgba = picture.convert("RGBA")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            broken.append(file.name)
-            continue
-        pixels = torch.from_numpy(np.asarray(rgba, dtype=np.float32) / 255)[None]  # (1, H, W, 4)
-        alpha = pixels[..., 3:]
-        pixels = fit(torch.cat([pixels[..., :3] * alpha + (1 - alpha), alpha], dim=-1), size, square)
-        images.append(pixels[..., :3])
-        masks.append(pixels[..., 3])
-        caption = file.with_suffix(".txt")
-        captions.append(caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else "")
-    if broken:
-        logging.warning("Load Images leaves out what is no picture: %s", ", ".join(broken))
-    if not images:
-        raise UserError(f"There is no picture in {folder}: put some there, or choose another folder.")
-    return images, masks, captions
 
 
 def _folder(folder: str, path: str) -> Path:

@@ -24,8 +24,9 @@ from ..textual_inversion import (
 )
 from ..textual_inversion.adapters.comfyui import ComfyModel
 from ..textual_inversion.dataset import Dataset, make_dataset
+from ..textual_inversion.pictures import to_pillow
 from ..textual_inversion.prompts import check_trigger, place_word
-from .files import base_model, embeddings_folder, file_name, temporary_folder
+from .files import base_model, embeddings_folder, temporary_folder
 from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, SettingsSocket, widget
 
 
@@ -115,7 +116,7 @@ class _Run:
             model.check_prompts(prompts, embedding)
             model.check_fit(dataset.latents[0], prompts[0], embedding)
             step, stopped = self._follow(train(model, embedding, dataset, config), model, embedding, dataset)
-        learned = self._keep(step, formats.free_path(temporary_folder(), file_name(config.trigger)))
+        learned = self._keep(step, formats.free_path(temporary_folder(), formats.file_name(config.trigger)))
         self._draw(model, learned, dataset)
         report = (
             f"{config.trigger}: {learned.describe()}, learned from {len(dataset.latents)} pictures.\n"
@@ -150,7 +151,7 @@ class _Run:
             return step, f"\n{stopped}"
         except BaseException:  # ComfyUI's interrupt is no Exception
             if step.number > 0:
-                name = f"{file_name(self.config.trigger)}-partial"
+                name = f"{formats.file_name(self.config.trigger)}-partial"
                 self._keep(step, formats.free_path(embeddings_folder(), name))
             raise
 
@@ -160,7 +161,7 @@ class _Run:
         prompt = place_word(preview.preview_prompt, self.config.trigger)
         picture = model.generate(prompt, embedding, shape, self.config.seed, preview.preview_steps, preview.preview_cfg)
         self.pictures.append(picture)
-        return "JPEG", Image.fromarray((picture[0] * 255).round().byte().numpy()), 512
+        return "JPEG", to_pillow(picture[0]), 512
 
     def _keep(self, step: Step, path: Path) -> Embedding:
         """The best vectors so far with all that is known about them, written to disk."""

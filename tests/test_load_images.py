@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ti_pack.nodes.load_images import LoadImages, load_folder
+from ti_pack.nodes.load_images import LoadImages
 from ti_pack.textual_inversion import UserError
+from ti_pack.textual_inversion.pictures import load_folder
 
 
 def picture(width=32, height=24):

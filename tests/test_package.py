@@ -27,11 +27,15 @@ def imported(path: Path) -> set[str]:
 
 def test_imports_go_one_way():
     engine = ROOT / "textual_inversion"
-    allowed = sys.stdlib_module_names | {"torch", "safetensors"}
+    allowed = sys.stdlib_module_names | {"torch"}
+    more = {name: {"numpy", "PIL", "safetensors"} for name in ("containers.py", "formats.py", "pictures.py")}
     for path in engine.glob("*.py"):
+        if path.name in ("cli.py", "__main__.py"):  # a face of the engine, as nodes/ is
+            continue
         for module in imported(path):
             inside = re.fullmatch(r"\.(adapters\.protocol|\w+)?", module)
-            assert inside or module.split(".")[0] in allowed, f"{path.name} imports {module}"
+            known = module.split(".")[0] in allowed | more.get(path.name, set())
+            assert inside or known, f"{path.name} imports {module}"
     for path in engine.rglob("*.py"):
         assert not any("nodes" in module for module in imported(path)), f"{path.name} imports nodes"
 

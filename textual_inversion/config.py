@@ -4,7 +4,7 @@ import ast
 import inspect
 import textwrap
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from .errors import UserError
 
@@ -99,7 +99,8 @@ class PreviewConfig:
 def check_limits(config: TrainConfig | PreviewConfig) -> None:
     """Raises UserError for a value outside its field's limits or choices."""
     for item in fields(config):
-        value, limits, choices = getattr(config, item.name), item.metadata, get_args(item.type)
+        value, limits = getattr(config, item.name), item.metadata
+        choices = get_args(item.type) if get_origin(item.type) is Literal else ()
         if limits and not limits["min"] <= value <= limits["max"]:
             raise UserError(f"{item.name} is {value}; choose a value from {limits['min']} to {limits['max']}.")
         if choices and value not in choices:

@@ -6,6 +6,20 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
+# ComfyUI's names of text encoders, which are the keys of its embedding files.
+ENCODERS = (
+    "clip_l",
+    "clip_g",
+    "clip_h",
+    "t5xxl",
+    "llama",
+    "qwen3_4b",
+    "qwen3_8b",
+    "mistral3_24b",
+)
+
 
 @dataclass(frozen=True)
 class Embedding:
@@ -35,6 +49,26 @@ class Embedding:
         """A copy on the CPU, cut from every graph."""
         return self._map(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
 
+    def fitted(self, encoders: dict[str, int]) -> "Embedding":
+        """The vectors by the keys of these encoders, ``{"clip_l": 768}``: found by key, then by width.
+
+        By width only what has no encoder's name, and only where one fits one.
+        Raises UserError, naming both sides, where an encoder is left without vectors.
+        """
+        found = {}
+        for key, width in encoders.items():
+            same = [width] == [w for w in encoders.values() if w == width]
+            nameless = [name for name, t in self.vectors.items() if name not in ENCODERS and t.shape[-1] == width]
+            choice = key if key in self.vectors else nameless[0] if same and len(nameless) == 1 else None
+            if choice is None or self.vectors[choice].shape[-1] != width:
+                ours = {name: tensor.shape[-1] for name, tensor in self.vectors.items()}
+                raise UserError(
+                    f"The embedding {self.trigger!r} is made for another model: it has {_list(ours)}, "
+                    f"the model takes {_list(encoders)}."
+                )
+            found[key] = self.vectors[choice]
+        return replace(self, vectors=found)
+
     def scaled(self, strength: float) -> "Embedding":
         return self._map(lambda tensor: tensor * strength)
 
@@ -49,3 +83,31 @@ class Embedding:
     def _map(self, change) -> "Embedding":
         vectors = {key: change(tensor) for key, tensor in self.vectors.items()}
         return replace(self, vectors=vectors)
+
+
+def named_by_width(embedding: Embedding) -> Embedding:
+    """Names the encoders of vectors whose file did not, by the widths of Stable Diffusion's CLIPs.
+
+    Raises UserError where two encoders would have the same name.
+    """
+    usual = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
+    vectors = {}
+    for key, tensor in embedding.vectors.items():
+        name = key if key in ENCODERS else usual.get(tensor.shape[-1], key)
+        if name in vectors:
+            raise UserError(
+                f"{embedding.trigger!r} has two sets of vectors for {name}: {', '.join(embedding.vectors)}."
+            )
+        vectors[name] = tensor
+    return replace(embedding, vectors=vectors)
+
+
+def resample(rows: Tensor, count: int) -> Tensor:
+    """(tokens, width) to (count, width): averages neighbours, or repeats the rows in turn."""
+    if len(rows) >= count:
+        return torch.stack([group.mean(0) for group in rows.tensor_split(count)])
+    return rows[torch.arange(count) % len(rows)].clone()
+
+
+def _list(widths: dict[str, int]) -> str:
+    return ", ".join(f"{key or 'vectors'} ({width})" for key, width in widths.items())

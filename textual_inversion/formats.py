@@ -1,61 +1,232 @@
-"""Embedding files. Reads and writes safetensors in the layout ComfyUI, A1111 and Forge share."""
+"""Embedding files of every tool: recognised by content, read without running code, written and read back.
 
+docs/formats.md lists who writes what.  ``read`` gives vectors the names the file has for them;
+``Embedding.fitted`` finds the text encoder each belongs to.
+"""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError, safe_open
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
+from torch import Tensor
 
-from .embedding import Embedding
+from .containers import BUNDLE, PNG_TEXT, check_shape, open_file
+from .embedding import ENCODERS, Embedding, named_by_width
 from .errors import UserError
 
-MOST_VECTORS = 1024  # far above any prompt; a file with more rows is no embedding
+SPELLINGS = {"t5": "t5xxl"}
+NAMELESS = {"", "*", "emb_params", "emp_params", "string_to_param.*"}  # keys that are no trigger word
+_NAME = re.compile(r"[\w\-+ ]{1,100}")
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def write(embedding: Embedding, path: Path) -> None:
-    """Writes ``path`` at once or not at all: a temporary file beside it is renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = save(
-        {key: tensor.contiguous() for key, tensor in embedding.snapshot().vectors.items()},
-        metadata={**embedding.metadata, "trigger": embedding.trigger},
-    )
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# Reading -----------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> Embedding:
-    """Reads an embedding; its keys name the text encoders.
+def read(path: Path, word: str = "") -> Embedding:
+    """Reads an embedding; ``word`` chooses one where a file holds several.
 
-    Raises UserError, naming the file's keys, for a file that is no embedding.
+    The metadata key ``left out`` names vectors that are no token embeddings.
+
+    Raises UserError, naming what is in the file, for a file that is no embedding.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path.name} cannot be read as a safetensors file: {error}") from error
-    vectors = {}
-    for key, tensor in tensors.items():
-        if tensor.ndim not in (1, 2) or not tensor.is_floating_point() or len(tensor) == 0:
-            raise UserError(f"{path.name} is no embedding: {key} has shape {tuple(tensor.shape)}.")
-        matrix = tensor.float().reshape(-1, tensor.shape[-1])
-        if len(matrix) > MOST_VECTORS or not torch.isfinite(matrix).all():
-            raise UserError(f"{path.name} is no usable embedding: {key} is too large or holds NaN.")
-        vectors[key] = matrix
+    tensors, metadata = open_file(path)
+    words = _by_word(tensors)
+    if word not in words and len(words) > 1:
+        raise UserError(f"{path.name} holds the words {', '.join(words)}: choose one of them.")
+    name, vectors = (word, words[word]) if word in words else next(iter(words.items()), ("", {}))
+    outputs = [key for key in vectors if key.endswith("_out")]
+    if outputs:  # OneTrainer's vectors behind the text encoder: no prompt can carry them
+        metadata["left out"] = ", ".join(outputs)
+    vectors = {SPELLINGS.get(key, key): _matrix(key, t, path) for key, t in vectors.items() if key not in outputs}
     if not vectors:
-        raise UserError(f"{path.name} holds no vectors.")
-    return Embedding(metadata.get("trigger") or path.stem, vectors, metadata)
+        raise UserError(f"{path.name} holds no token vectors{', only ' + ', '.join(outputs) if outputs else ''}.")
+    token = next((key for key in vectors if key not in NAMELESS and key not in ENCODERS), "")
+    return Embedding(metadata.get("trigger") or name or token or path.stem, vectors, metadata)
 
 
-def free_path(folder: Path, name: str) -> Path:
-    """``NAME.safetensors``, or the first of ``NAME-2``, ``NAME-3`` ... that does not exist yet."""
-    path, number = folder / f"{name}.safetensors", 1
-    while path.exists():
+def read_pair(first: Path, second: Path) -> Embedding:
+    """The two files, one per text encoder, that diffusers' SDXL script writes for one word."""
+    one, two = read(first), read(second)
+    others = {key if key in ENCODERS else f"{key} of {second.name}": tensor for key, tensor in two.vectors.items()}
+    if one.vectors.keys() & others.keys():
+        raise UserError(f"{first.name} and {second.name} hold vectors for the same text encoder: choose its partner.")
+    return Embedding(one.trigger, one.vectors | others, two.metadata | one.metadata)
+
+
+def _by_word(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Vectors by word and key; the word is "" where the file holds one word without a name."""
+    words: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        word = ""
+        if key.startswith(BUNDLE):
+            word, _, key = key.removeprefix(BUNDLE).partition(".")
+        words.setdefault(word, {})[key] = tensor
+    return words
+
+
+def _matrix(key: str, tensor: Tensor, path: Path) -> Tensor:
+    """(width,) or (vectors, width) as float32 (vectors, width), all numbers finite."""
+    check_shape(key, tuple(tensor.shape), tensor.dtype in FLOATS and tensor.layout == torch.strided, path)
+    matrix = tensor.detach().reshape(-1, tensor.shape[-1]).to("cpu", torch.float32, copy=True)
+    if not torch.isfinite(matrix).all():
+        raise UserError(f"{path.name} is no usable embedding: {key} holds NaN or infinite values.")
+    return matrix.contiguous()
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+class File(NamedTuple):
+    """One file of a format: what its name has after the given one, its bytes, and its vectors."""
+
+    ending: str
+    data: bytes
+    vectors: list[Tensor]
+
+
+def _comfyui(embedding: Embedding, picture: Image.Image | None) -> list[File]:
+    metadata = {**embedding.metadata, "trigger": embedding.trigger}
+    return [File("", save(embedding.vectors, metadata), list(embedding.vectors.values()))]
+
+
+def _a1111(embedding: Embedding, picture: Image.Image | None) -> list[File]:
+    return [File("", _pickled(_a1111_content(embedding)), list(embedding.vectors.values()))]
+
+
+def _diffusers(embedding: Embedding, picture: Image.Image | None) -> list[File]:
+    """One key, the trigger; SDXL a file for each encoder; with T5 the keys of its advanced scripts."""
+    if set(embedding.vectors) <= {"clip_l", "clip_g"} or len(embedding.vectors) == 1:
+        return [
+            File(ending, save({embedding.trigger: tensor}), [tensor])
+            for ending, tensor in zip(("", "_2"), embedding.vectors.values(), strict=False)
+        ]
+    spelled = {ours: theirs for theirs, ours in SPELLINGS.items()}
+    named = {spelled.get(key, key): tensor for key, tensor in embedding.vectors.items()}
+    return [File("", save(named), list(named.values()))]
+
+
+def _concepts_library(embedding: Embedding, picture: Image.Image | None) -> list[File]:
+    """``learned_embeds.bin``: one vector has one dimension."""
+    tensor = _only(embedding, "The format of the concepts library")
+    return [File("", _pickled({embedding.trigger: tensor[0] if len(tensor) == 1 else tensor}), [tensor])]
+
+
+def _png(embedding: Embedding, picture: Image.Image | None) -> list[File]:
+    def plain(value: Any) -> dict:
+        return {"TORCHTENSOR": value.tolist()}
+
+    text = PngInfo()
+    text.add_text(PNG_TEXT, base64.b64encode(json.dumps(_a1111_content(embedding), default=plain).encode()).decode())
+    data = io.BytesIO()
+    (picture or Image.new("RGB", (512, 512), "gray")).save(data, "PNG", pnginfo=text)
+    return [File("", data.getvalue(), list(embedding.vectors.values()))]
+
+
+def _a1111_content(embedding: Embedding) -> dict[str, Any]:
+    steps = embedding.metadata.get("steps", "")
+    notes = {
+        "name": embedding.trigger,
+        "step": int(steps) if steps.isdecimal() else None,
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": embedding.metadata.get("base_model") or None,
+    }
+    if len(embedding.vectors) > 1:
+        return {**embedding.vectors, **notes}
+    # 265 is the token of "*", the place holder that A1111 and the first script write.
+    param = next(iter(embedding.vectors.values()))
+    return {"string_to_token": {"*": 265}, "string_to_param": {"*": param}, **notes}
+
+
+def _only(embedding: Embedding, what: str) -> Tensor:
+    if len(embedding.vectors) > 1:
+        raise UserError(f"{what} holds vectors for one text encoder; this word has {', '.join(embedding.vectors)}.")
+    return next(iter(embedding.vectors.values()))
+
+
+def _pickled(content: Any) -> bytes:
+    data = io.BytesIO()
+    torch.save(content, data)
+    return data.getvalue()
+
+
+class Format(NamedTuple):
+    suffix: str
+    files: Callable[[Embedding, Image.Image | None], list[File]]
+
+
+FormatName = Literal["comfyui", "diffusers", "a1111", "concepts-library", "png-card"]
+FORMATS: dict[FormatName, Format] = {
+    "comfyui": Format(".safetensors", _comfyui),  # A1111, Forge, kohya and InvokeAI take it too
+    "diffusers": Format(".safetensors", _diffusers),
+    "a1111": Format(".pt", _a1111),
+    "concepts-library": Format(".bin", _concepts_library),
+    "png-card": Format(".png", _png),
+}
+
+
+def write(
+    embedding: Embedding, path: Path, format: FormatName = "comfyui", picture: Image.Image | None = None
+) -> list[Path]:
+    """Writes the file or files of a format, ``path`` being the first; each at once or not at all.
+
+    What was written is read back and compared before it takes its name.  ``picture`` is what a
+    PNG card shows.
+
+    Raises UserError when the format cannot hold the embedding, OSError when the disk cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for file in FORMATS[format].files(named_by_width(embedding.snapshot()), picture):
+        target = path.with_name(f"{path.stem}{file.ending}{path.suffix}")
+        temporary = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
+        try:
+            temporary.write_bytes(file.data)
+            again = list(read(temporary).vectors.values())
+            if sorted(map(_bytes, again)) != sorted(map(_bytes, file.vectors)):
+                raise UserError(f"{target.name} could not be read back as it was written: nothing was kept.")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        written.append(target)
+    return written
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return str(tuple(tensor.shape)).encode() + tensor.numpy().tobytes()
+
+
+def file_name(name: str) -> str:
+    """A name that every system and ComfyUI's ``embedding:NAME`` take.
+
+    Signs a trigger word may have but a file may not (``S*``, ``<cat>``) become ``_``.
+    Raises UserError where nothing sensible is left.
+    """
+    if any(sign in name for sign in "/\\.:"):
+        raise UserError(f"The name {name!r} must not contain slashes, dots or colons: give a plain name.")
+    clean = re.sub(r"[^\w\-+]", "_", name).strip("_") or "embedding"
+    if not _NAME.fullmatch(clean) or _RESERVED.fullmatch(clean):
+        raise UserError(f"{name!r} cannot name a file: choose a short name of letters and digits.")
+    return clean
+
+
+def free_path(folder: Path, name: str, suffix: str = ".safetensors") -> Path:
+    """``NAME.safetensors``, or the first of ``NAME-2``, ``NAME-3`` ... that no embedding has yet.
+
+    The suffix is no part of ``embedding:NAME``, so NAME.pt is in the way of NAME.safetensors too.
+    """
+    stem, number = name, 1
+    while any((folder / f"{stem}{format.suffix}").exists() for format in FORMATS.values()):
         number += 1
-        path = folder / f"{name}-{number}.safetensors"
-    return path
+        stem = f"{name}-{number}"
+    return folder / f"{stem}{suffix}"

@@ -10,20 +10,24 @@ from .dataset import Batch
 from .embedding import Embedding
 
 
-def denoising_loss(denoised: Tensor, latents: Tensor, sigmas: Tensor, masks: Tensor | None = None) -> Tensor:
-    """Mean of ((denoised - latents) / sigma)^2, weighted by the masks.
+def denoising_loss(
+    denoised: Tensor, latents: Tensor, sigmas: Tensor, weights: Tensor, masks: Tensor | None = None
+) -> Tensor:
+    """Mean of weight ((denoised - latents) / sigma)^2, weighted by the masks as well.
 
     For models that predict the noise this is ||eps - eps_theta||^2 of Gal et al. 2022 (arXiv
     2208.01618, equation 2), since denoised = x - sigma eps_theta and x = latents + sigma eps; for
-    flow models it is the velocity loss.
+    flow models it is the velocity loss. The weights make it the loss of models that predict v.
 
     Args:
         denoised: the model's estimate of the clean latents, (B, C, h, w).
         latents: the clean latents, (B, C, h, w).
         sigmas: noise levels, (B,).
+        weights: ``DiffusionModel.loss_weights(sigmas)``, (B,).
         masks: weights in 0..1, (B, 1, h, w); a picture counts the same whatever its mask covers.
     """
     error = ((denoised.float() - latents) / sigmas.view(-1, 1, 1, 1)).square()  # (B, C, h, w)
+    error = error * weights.view(-1, 1, 1, 1)
     if masks is None:
         return error.mean()
     per_picture = (error.mean(1, keepdim=True) * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3))  # (B,)
@@ -38,7 +42,7 @@ def batch_loss(model: DiffusionModel, embedding: Embedding, batch: Batch) -> Ten
     noised = model.add_noise(latents, batch.noise.to(model.device), sigmas)
     conditioning = model.encode_prompts(batch.prompts, embedding)
     denoised = model.denoise(noised, sigmas, conditioning)
-    return denoising_loss(denoised, latents, sigmas, masks)
+    return denoising_loss(denoised, latents, sigmas, model.loss_weights(sigmas), masks)
 
 
 @torch.no_grad()

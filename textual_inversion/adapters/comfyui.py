@@ -6,6 +6,7 @@ from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_management
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import torch
@@ -13,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
-from ..embedding import Embedding
+from ..embedding import Embedding, resample
 from ..errors import UserError
 from .comfyui_autograd import checkpointed_blocks, mutable_residuals, ordinary_weights, training_flag
 from .comfyui_words import embedding_keys, known_token, sub_tokenizers, token_ids, with_words
@@ -111,7 +112,7 @@ class ComfyModel:
                 if not ids:
                     raise UserError(f"The initializer {initializer!r} holds no word: write one, or leave it empty.")
                 rows = vocabulary[ids].float()
-            start[part.embedding_key] = _resample(rows, vectors)
+            start[part.embedding_key] = resample(rows, vectors)
         return Embedding(trigger, start)
 
     def check_prompts(self, prompts: Sequence[str], embedding: Embedding) -> None:
@@ -195,6 +196,11 @@ class ComfyModel:
         inputs = comfy.samplers.cond_cat(rows)
         return model.apply_model(noised, sigmas, **inputs, transformer_options=options)
 
+    def loss_weights(self, sigmas: Tensor) -> Tensor:
+        # The error of v is that of the clean latents over sqrt(1 - abar), where sigma^2 = (1 - abar) / abar.
+        predicts_v = isinstance(self._patcher.model.model_sampling, comfy.model_sampling.V_PREDICTION)
+        return 1 + sigmas**2 if predicts_v else torch.ones_like(sigmas)
+
     def check_fit(self, latent: Tensor, prompt: str, embedding: Embedding) -> None:
         """One forward pass that tells whether CLIP and MODEL belong together. Raises UserError."""
         try:
@@ -237,10 +243,3 @@ class ComfyModel:
             seed=seed,
         )
         return self._vae.decode(samples).clamp(0, 1).cpu()
-
-
-def _resample(rows: Tensor, count: int) -> Tensor:
-    """(tokens, width) to (count, width): averages neighbours, or repeats the rows in turn."""
-    if len(rows) >= count:
-        return torch.stack([group.mean(0) for group in rows.tensor_split(count)])
-    return rows[torch.arange(count) % len(rows)].clone()

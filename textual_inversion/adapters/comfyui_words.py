@@ -64,13 +64,7 @@ def with_words(clip: CLIP, embedding: Embedding) -> CLIP:
     Raises:
         UserError: the embedding lacks vectors for an encoder of the CLIP, or has another width.
     """
-    keys = embedding_keys(clip)
-    ours = {key: tensor.shape[-1] for key, tensor in embedding.vectors.items()}
-    if any(ours.get(key) != width for key, width in keys.items()):
-        raise UserError(
-            f"The embedding {embedding.trigger!r} is made for another model: it has {_list(ours)}, "
-            f"the CLIP takes {_list(keys)}."
-        )
+    embedding = embedding.fitted(embedding_keys(clip))
     clip = clip.clone()
     clip.tokenizer = copy.copy(clip.tokenizer)
     for name, part in sub_tokenizers(clip.tokenizer).items():
@@ -93,7 +87,3 @@ def token_ids(tokenizer: SDTokenizer, text: str) -> list[int]:
     """Vocabulary entries of ``text`` without start and end tokens."""
     end = -1 if tokenizer.tokenizer_adds_end_token else None
     return list(tokenizer.tokenizer(text)["input_ids"][tokenizer.tokens_start : end])
-
-
-def _list(widths: dict[str, int]) -> str:
-    return ", ".join(f"{key} ({width})" for key, width in widths.items())

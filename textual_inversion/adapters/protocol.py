@@ -22,6 +22,18 @@ class DiffusionModel(Protocol):
         """Name of the attention in use, for error messages."""
         ...
 
+    def initial_embedding(self, trigger: str, initializer: str, vectors: int) -> Embedding:
+        """Vectors to start from: those of the initializer's words, or the mean of the vocabulary.
+
+        As many words as vectors: one each. Fewer: repeated in turn. More: neighbours are averaged.
+        Raises UserError when the trigger is an ordinary word or the initializer has no token.
+        """
+        ...
+
+    def check_prompts(self, prompts: Sequence[str], embedding: Embedding) -> None:
+        """Raises UserError for a prompt in which the whole word does not fit."""
+        ...
+
     def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Pictures (1, H, W, 3) in 0..1 to latents (C, h, w), one by one."""
         ...
@@ -40,4 +52,12 @@ class DiffusionModel(Protocol):
 
     def denoise(self, noised: Tensor, sigmas: Tensor, conditioning: Any) -> Tensor:
         """The model's estimate of the clean latents, (B, C, h, w)."""
+        ...
+
+    def loss_weights(self, sigmas: Tensor) -> Tensor:
+        """Factors (B,) that make ((denoised - latents) / sigma)^2 the loss the model was trained with.
+
+        1 for models that predict the noise or a flow's velocity, 1 + sigma^2 for v-prediction
+        (Salimans and Ho 2022, arXiv 2202.00512, appendix D).
+        """
         ...

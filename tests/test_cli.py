@@ -1,0 +1,110 @@
+"""The command line as a user types it, on the demo model as a diffusers folder."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import pipeline_from_checkpoint
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from ti_pack.textual_inversion import TrainConfig, formats
+from ti_pack.textual_inversion.config import field_help
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ROOT / "demo/concepts/heart/train"
+COMMAND = [sys.executable, "-m", "textual_inversion"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    pipeline_from_checkpoint(ROOT / "demo/models/toy.safetensors").save_pretrained(folder)
+    return folder
+
+
+def call(*arguments, folder: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_train_then_draw(model, tmp_path):
+    done = call("train", "--model", model, "--images", PICTURES, "--token", "<toy>", "--init", "heart", "--steps", 4,
+                "--seed", 3, "--output", "words/toy", folder=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / done.stdout.strip()
+    assert path == tmp_path / "words/toy.safetensors"
+    word = formats.read(path)
+    assert word.trigger == "<toy>"
+    assert word.vectors["clip_l"].shape == (1, 96)
+    assert word.metadata["base_model"] == model.name
+    assert '"seed": 3' in word.metadata["settings"]
+    assert "4/4" in done.stderr
+    assert "Loss on fixed noise" in done.stderr
+
+    done = call("generate", "--model", model, "--embedding", path, "--prompt", "a photo of {} in the snow",
+                "--width", 64, "--height", 64, "--steps", 4, folder=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pixels = np.asarray(Image.open(tmp_path / "with_and_without.png"))
+    assert pixels.shape == (64, 128, 3)
+    assert not np.array_equal(pixels[:, :64], pixels[:, 64:])
+
+
+def test_ctrl_c_keeps_the_best_so_far(model, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*COMMAND, "train", "--model", model, "--images", PICTURES, "--steps", "100000", "--evaluate-every", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    seen = b""
+    while b"at step 3" not in seen:  # the progress bar
+        assert process.poll() is None, seen
+        seen += os.read(process.stderr.fileno(), 4096)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert b"Interrupted at step" in error
+    assert int(formats.read(tmp_path / out.decode().strip()).metadata["steps"]) > 0
+
+
+def test_inspect_and_convert(tmp_path):
+    save_file({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, tmp_path / "word.safetensors")
+    done = call("inspect", "word.safetensors", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "word: 2 vectors, clip_l 768 and clip_g 1280" in done.stdout
+    done = call("convert", "word.safetensors", "--to", "diffusers", "--output", "pair.safetensors", folder=tmp_path)
+    first, second = (tmp_path / line for line in done.stdout.split())
+    assert load_file(first).keys() == {"word"}
+    assert load_file(second)["word"].shape == (2, 1280)
+    done = call("convert", first, "--partner", second, "--to", "png-card", "--output", "card.png", folder=tmp_path)
+    assert formats.read(tmp_path / "card.png").vectors.keys() == {"clip_l", "clip_g"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["inspect", "missing.pt"], 1, "error: missing.pt cannot be read"),
+        (["train", "--model", "nowhere", "--images", PICTURES, "--trigger", "a/b"], 1, "contains '/'"),
+        (["train", "--model", "nowhere", "--images", "nowhere"], 1, "nowhere"),
+        (["train", "--model", "nowhere", "--images", PICTURES, "--vectors", "0"], 1, "choose a value from 1 to 75"),
+        (["train", "--model", "nowhere", "--images", PICTURES], 1, "nowhere"),
+        (["train", "--images", PICTURES], 2, "--model"),
+        (["fly"], 2, "fly"),
+    ],
+)
+def test_errors_are_a_sentence_and_an_exit_code(arguments, code, message, tmp_path):
+    done = call(*arguments, folder=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_is_the_settings_own(tmp_path):
+    text = " ".join(call("train", "--help", folder=tmp_path).stdout.replace("│", " ").split())
+    for name, explanation in field_help(TrainConfig).items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert explanation.split(".")[0] in text

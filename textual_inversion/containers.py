@@ -1,0 +1,184 @@
+"""Opens safetensors, pickles and PNGs without running code, within the bytes that are there."""
+
+import base64
+import io
+import json
+import pickle
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from .errors import UserError
+
+# Far above any prompt and any text encoder: what is larger is no embedding.
+MOST_VECTORS = 1024
+MOST_WIDTH = 32_768
+MOST_TENSORS = 16
+MOST_BYTES = 64 * 2**20  # of a file that has to be read whole; safetensors are read tensor by tensor
+MOST_JSON = 8 * 2**20
+MOST_PIXELS = 32 * 2**20
+
+PNG_TEXT = "sd-ti-embedding"
+BUNDLE = "bundle_emb."  # a word inside a LoRA file: bundle_emb.WORD.KEY
+
+
+# Each container gives its tensors by key, and what is known about them.
+Content = tuple[dict[str, Tensor], dict[str, str]]
+
+
+def open_file(path: Path) -> Content:
+    """The tensors of a file by key, at most ``MOST_TENSORS``, and its metadata; recognised by content.
+
+    Of a LoRA file only the words bundled in it.
+
+    Raises UserError for whatever cannot be read, holds something else, or is too large.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+        opened = next((opened for magic, opened in _CONTAINERS.items() if start.startswith(magic)), _open_safetensors)
+        return opened(path)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise whatever a broken byte leads to
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path.name} cannot be read as an embedding: {reason}") from error
+
+
+def check_shape(key: str, shape: tuple[int, ...], is_float: bool, path: Path) -> None:
+    rows = shape[0] if len(shape) == 2 else 1
+    fits = len(shape) in (1, 2) and 0 < rows <= MOST_VECTORS and 0 < shape[-1] <= MOST_WIDTH
+    if not (fits and is_float):
+        raise UserError(f"{path.name} is no embedding: {key or 'it'} has shape {shape}.")
+
+
+class _Parameters:
+    """Stands in for torch.nn.ParameterDict, in which the first embeddings were pickled."""
+
+
+def _check_size(path: Path) -> None:
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path.name} is too large for an embedding.")
+
+
+def _open_safetensors(path: Path) -> Content:
+    with safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+        keys = [key for key in keys if key.startswith(BUNDLE)] or keys
+        if len(keys) > MOST_TENSORS and not keys[0].startswith(BUNDLE):
+            raise UserError(f"{path.name} is no embedding: it holds {len(keys)} tensors, such as {keys[0]}.")
+        for key in keys:  # before anything is loaded
+            described = file.get_slice(key)
+            check_shape(key, tuple(described.get_shape()), described.get_dtype() in ("F16", "BF16", "F32", "F64"), path)
+        return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
+
+
+def _open_pickle(path: Path) -> Content:
+    """torch.load runs no code with weights_only; mmap keeps it within the bytes that are there."""
+    _check_size(path)
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                    raise UserError(f"{path.name} is compressed, which embeddings never are: it is not opened.")
+                if ".." in Path(entry.filename).parts or entry.filename.startswith(("/", "\\")):
+                    raise UserError(f"{path.name} contains the path {entry.filename!r}: it is not opened.")
+    stand_in: Any = (_Parameters, "torch.nn.modules.container.ParameterDict")
+    with torch.serialization.safe_globals([stand_in]):
+        source = str(path) if is_zip else io.BytesIO(path.read_bytes())
+        try:
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{path.name} is broken, or holds more than numbers: it is not opened.") from error
+    return _unwrap(content, path)
+
+
+def _open_png(path: Path) -> Content:
+    """A1111's pictures with an embedding: in a text chunk, else in the pixels."""
+    _check_size(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise UserError(f"{path.name} is too large a picture for an embedding.")
+            text = getattr(image, "text", {}).get(PNG_TEXT)
+            data = base64.b64decode(text) if text else _hidden_in_pixels(np.asarray(image.convert("RGB")))
+    if data is None:
+        raise UserError(f"{path.name} is a picture without an embedding.")
+    if len(data) > MOST_JSON:
+        raise UserError(f"{path.name} is too large for an embedding.")
+
+    def tensor(item: dict) -> Any:
+        return torch.tensor(item["TORCHTENSOR"], dtype=torch.float64) if "TORCHTENSOR" in item else item
+
+    return _unwrap(json.loads(data, object_hook=tensor), path)
+
+
+def _hidden_in_pixels(pixels: np.ndarray) -> bytes | None:
+    """What A1111 hides left and right of the picture, (H, W, 3) bytes.
+
+    Black columns divide picture and data.  The low four bits of every byte, scrambled by a linear
+    congruential generator, are low halves on the left and high halves on the right of zlib's bytes.
+    """
+    bright = (pixels > 0).all(2)
+    rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+    if len(rows) == 0:
+        return None
+    low_bits = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] & 0x0F
+    black = np.flatnonzero(low_bits.sum((0, 2)) == 0)
+    if len(black) < 2:
+        return None
+    left, right = low_bits[:, : black[0]], low_bits[:, black[-1] + 1 :]
+    if left.size == 0 or left.shape != right.shape:
+        return None
+    mask = _scramble(left.size).reshape(left.shape)
+    try:
+        return zlib.decompressobj().decompress((((right ^ mask) << 4) | (left ^ mask)).tobytes(), MOST_JSON + 1)
+    except zlib.error:
+        return None
+
+
+def _scramble(count: int) -> np.ndarray:
+    """The generator of Numerical Recipes, by which A1111 masks hidden data: 4 bits of each number."""
+    numbers, state = np.empty(count, np.uint8), 0
+    for index in range(count):
+        state = (1664525 * state + 1013904223) % 2**32
+        numbers[index] = state % 255 & 0x0F
+    return numbers
+
+
+def _unwrap(content: Any, path: Path) -> Content:
+    """The tensors of a pickled or JSON dictionary, and A1111's notes about them."""
+    if isinstance(content, Tensor):
+        return {"": content}, {}
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path.name} is no embedding: it holds a {type(content).__name__}.")
+    notes = {"name": "trigger", "step": "steps", "sd_checkpoint_name": "base_model"}
+    metadata = {ours: str(content[theirs]) for theirs, ours in notes.items() if content.get(theirs) is not None}
+    vectors = content.get("string_to_param", content)
+    if isinstance(vectors, _Parameters):
+        vectors = vars(vectors).get("_parameters")
+    if not isinstance(vectors, Mapping):
+        raise UserError(f"{path.name} is no embedding: it holds {', '.join(map(str, content))}.")
+    tensors = {str(key): value for key, value in vectors.items() if isinstance(value, Tensor)}
+    if not 0 < len(tensors) <= MOST_TENSORS:
+        raise UserError(f"{path.name} is no embedding: it holds {len(tensors)} tensors.")
+    return tensors, metadata
+
+
+_CONTAINERS: dict[bytes, Callable[[Path], Content]] = {
+    b"\x89PNG": _open_png,
+    b"PK\x03\x04": _open_pickle,
+    b"\x80\x02": _open_pickle,
+    b"\x80\x04": _open_pickle,
+}
