@@ -40,7 +40,7 @@ class SaveEmbedding(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, embedding, name, overwrite, format="comfyui", picture=None) -> io.NodeOutput:
+    def execute(cls, embedding, name, overwrite, format: formats.FormatName = "comfyui", picture=None) -> io.NodeOutput:
         name = formats.file_name(name.strip() or embedding.trigger)
         folder, suffix = embeddings_folder(), formats.FORMATS[format].suffix
         path = folder / f"{name}{suffix}" if overwrite else formats.free_path(folder, name, suffix)

@@ -1,5 +1,6 @@
 """diffusers' own pipelines at small width with random weights; SD1 and SDXL as in small_models.py."""
 
+import copy
 from functools import cache
 from pathlib import Path
 
@@ -92,7 +93,17 @@ def autoencoder(channels: int = 4, **config) -> AutoencoderKL:
 def small_pipeline(
     family: str, prediction: str = "epsilon", eos_token_id: int = 49407, checkpoint: Path | None = None
 ) -> DiffusionPipeline:
-    """``family`` is SD1, SDXL, SD3 or Flux; ``checkpoint`` is one of ``small_models.write_checkpoint``."""
+    """``family`` is SD1, SDXL, SD3 or Flux; ``checkpoint`` is one of ``small_models.write_checkpoint``.
+
+    A copy every time, but for the tokenizers, which are slow to copy.
+    """
+    built = _built(family, prediction, eos_token_id, checkpoint)
+    shared = {id(part): part for name, part in built.components.items() if "tokenizer" in name}
+    return copy.deepcopy(built, shared)
+
+
+@cache
+def _built(family: str, prediction: str, eos_token_id: int, checkpoint: Path | None) -> DiffusionPipeline:
     text_encoder = clip(CLIPTextModel, WIDTH, "quick_gelu", eos_token_id)
     text_encoder_g = clip(CLIPTextModelWithProjection, WIDTH_G, "gelu", eos_token_id)
     if family == "SD1":

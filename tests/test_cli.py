@@ -89,7 +89,7 @@ def test_inspect_and_convert(tmp_path):
         (["inspect", "missing.pt"], 1, "error: missing.pt cannot be read"),
         (["train", "--model", "nowhere", "--images", PICTURES, "--trigger", "a/b"], 1, "contains '/'"),
         (["train", "--model", "nowhere", "--images", "nowhere"], 1, "nowhere"),
-        (["train", "--model", "nowhere", "--images", PICTURES, "--vectors", "0"], 1, "choose a value from 1 to 75"),
+        (["train", "--model", "nowhere", "--images", PICTURES, "--vectors", "0"], 2, "choose a value from 1 to 75"),
         (["train", "--model", "nowhere", "--images", PICTURES], 1, "nowhere"),
         (["train", "--images", PICTURES], 2, "--model"),
         (["fly"], 2, "fly"),

@@ -191,14 +191,14 @@ def test_masks_weigh_the_loss():
     latents, sigmas = torch.zeros(2, 4, 8, 8), torch.tensor([1.0, 2.0])
     denoised = torch.ones(2, 4, 8, 8)
     denoised[..., 4:] = 3.0  # error 9 in the right half, 1 in the left
-    mask = torch.zeros(2, 1, 8, 8)
+    ones, mask = torch.ones(2), torch.zeros(2, 1, 8, 8)
     mask[0, ..., :4] = 1
     mask[1, ..., 6:] = 0.5
     # Row 0: 1 / 1^2; row 1: 9 / 2^2. However small or grey a mask is, its picture counts the same.
-    assert denoising_loss(denoised, latents, sigmas, mask).item() == pytest.approx((1 + 9 / 4) / 2)
+    assert denoising_loss(denoised, latents, sigmas, ones, mask).item() == pytest.approx((1 + 9 / 4) / 2)
     everywhere = torch.ones(2, 1, 8, 8)
-    plain = denoising_loss(denoised, latents, sigmas)
-    assert denoising_loss(denoised, latents, sigmas, everywhere).item() == pytest.approx(plain.item())
+    plain = denoising_loss(denoised, latents, sigmas, ones)
+    assert denoising_loss(denoised, latents, sigmas, ones, everywhere).item() == pytest.approx(plain.item())
 
 
 def test_masks_follow_their_pictures(graph):

@@ -130,8 +130,8 @@ def _hidden_in_pixels(pixels: np.ndarray) -> bytes | None:
     Black columns divide picture and data.  The low four bits of every byte, scrambled by a linear
     congruential generator, are low halves on the left and high halves on the right of zlib's bytes.
     """
-    bright = (pixels > 0).all(2)
-    rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+    bright = (pixels > 0).all(axis=2)  # (H, W)
+    rows, columns = np.flatnonzero(bright.any(axis=-1)), np.flatnonzero(bright.any(axis=0))
     if len(rows) == 0:
         return None
     low_bits = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] & 0x0F

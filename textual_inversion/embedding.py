@@ -99,7 +99,12 @@ def named_by_width(embedding: Embedding) -> Embedding:
                 f"{embedding.trigger!r} has two sets of vectors for {name}: {', '.join(embedding.vectors)}."
             )
         vectors[name] = tensor
-    return replace(embedding, vectors=vectors)
+    return replace(embedding, vectors=ordered(vectors))
+
+
+def ordered(vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first text encoder first, which a safetensors file does not keep."""
+    return dict(sorted(vectors.items(), key=lambda item: ENCODERS.index(item[0]) if item[0] in ENCODERS else -1))
 
 
 def resample(rows: Tensor, count: int) -> Tensor:

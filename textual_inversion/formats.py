@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .containers import BUNDLE, PNG_TEXT, check_shape, open_file
-from .embedding import ENCODERS, Embedding, named_by_width
+from .embedding import ENCODERS, Embedding, named_by_width, ordered
 from .errors import UserError
 
 SPELLINGS = {"t5": "t5xxl"}
@@ -52,7 +52,7 @@ def read(path: Path, word: str = "") -> Embedding:
     if not vectors:
         raise UserError(f"{path.name} holds no token vectors{', only ' + ', '.join(outputs) if outputs else ''}.")
     token = next((key for key in vectors if key not in NAMELESS and key not in ENCODERS), "")
-    return Embedding(metadata.get("trigger") or name or token or path.stem, vectors, metadata)
+    return Embedding(metadata.get("trigger") or name or token or path.stem, ordered(vectors), metadata)
 
 
 def read_pair(first: Path, second: Path) -> Embedding:

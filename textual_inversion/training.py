@@ -109,8 +109,8 @@ def _check_gradients(model: DiffusionModel, embedding: Embedding, loss: float, n
     if number == 1 and missing:
         raise TrainingError(
             f"No gradient reached the vectors of {' and '.join(missing)}: the attention in use, "
-            f"{model.attention_backend}, cuts it off. Start ComfyUI with "
-            "--use-pytorch-cross-attention and remove attention nodes from the MODEL."
+            f"{model.attention_backend}, cuts it off. Use PyTorch's attention "
+            "(ComfyUI: start with --use-pytorch-cross-attention, no attention nodes before the MODEL)."
         )
     finite = all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
     if not (math.isfinite(loss) and finite):
