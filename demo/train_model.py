@@ -1,6 +1,6 @@
 """Train the text encoder and the UNet on the autoencoder's latents.
 
-python train_model.py WORK --minutes 75            reads WORK/d*.npy and WORK/vae.pt, writes WORK/latest.safetensors
+python train_model.py WORK --minutes 110           reads WORK/d*.npy and WORK/vae.pt, writes WORK/latest.safetensors
 python train_model.py WORK --go-on CHECKPOINT      trains CHECKPOINT further on WORK/d*.npy
 """
 
@@ -174,10 +174,10 @@ def worker(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--minutes", type=float, default=75)
+    parser.add_argument("--minutes", type=float, default=110)
     parser.add_argument("--save-every", type=float, default=15, help="minutes")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--batch", type=int, default=16, help="of each process")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--batch", type=int, default=32, help="of each process")
     parser.add_argument("--go-on", type=Path, metavar="CHECKPOINT", help="train this one further")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)

@@ -194,6 +194,24 @@ def test_learning_workflow(server, model):
     assert picture_of(server, server.run(ordinary_graph(model))) == picture_of(server, reference)
 
 
+def test_formats_of_other_tools(server):
+    """A card with a preview on it, and the pair for diffusers: both are loaded again and draw the same picture."""
+    graph = learning_graph("SmallSDXL", seed=31)
+    card = {"name": "card", "overwrite": True, "format": "png-card", "picture": ["train", 2]}
+    graph["save"] = node("TI_SaveEmbedding", embedding=["train", 0], **card)
+    pair = {"name": "pair", "overwrite": True, "format": "diffusers"}
+    graph["pair"] = node("TI_SaveEmbedding", embedding=["train", 0], **pair)
+    run = server.run(graph)
+    assert run.history["outputs"]["save"]["text"] == ["card.png"]
+    assert run.history["outputs"]["pair"]["text"] == ["pair.safetensors and pair_2.safetensors"]
+    for file in ({"file": "card.png"}, {"file": "pair_2.safetensors", "partner": "pair.safetensors"}):
+        graph = ordinary_graph("SmallSDXL", "a photo of S* in the snow")
+        graph["file"] = node("TI_LoadEmbedding", **file)
+        graph["apply"] = node("TI_ApplyEmbedding", clip=["load", 1], embedding=["file", 0], trigger="S*", strength=1.0)
+        graph["positive"]["inputs"]["clip"] = ["apply", 0]
+        assert picture_of(server, server.run(graph)) == picture_of(server, run)
+
+
 def test_result_of_a_finished_run_is_on_disk(server):
     before = set((server.base / "temp").rglob("textual_inversion/*.safetensors"))
     server.run(learning_graph(seed=11))
