@@ -48,8 +48,8 @@ class Bench:
         self._base = tempfile.TemporaryDirectory(prefix="comfyui-")
         import_comfyui(Path(self._base.name))
         import comfy.sd
-        from ti_pack.textual_inversion.pictures import load_folder
         from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
+        from ti_pack.textual_inversion.pictures import load_folder
 
         import_folder("textual_inversion_demo_model", ROOT / "demo/comfyui_pack")
         with torch.inference_mode():

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +59,19 @@ def test_train_then_draw(model, tmp_path):
 def test_ctrl_c_keeps_the_best_so_far(model, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*COMMAND, "train", "--model", model, "--images", PICTURES, "--steps", "100000", "--evaluate-every", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    seen = b""
-    while b"at step 3" not in seen:  # the progress bar
-        assert process.poll() is None, seen
-        seen += os.read(process.stderr.fileno(), 4096)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=120)
+    # Programs started in the background of a script inherit an ignored SIGINT; this one is in the foreground.
+    foreground = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=foreground, **pipes) as process:
+        try:
+            seen = b""
+            while b"at step 3" not in seen:  # the progress bar
+                assert process.poll() is None, seen
+                seen += os.read(process.stderr.fileno(), 4096)
+            process.send_signal(signal.SIGINT)
+            out, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert b"Interrupted at step" in error
     assert int(formats.read(tmp_path / out.decode().strip()).metadata["steps"]) > 0
