@@ -37,5 +37,5 @@ format: .venv/.ready
 	@$(PYTHON) -m ruff format
 
 clean:
-	rm -rf .venv .comfyui .pytest_cache .ruff_cache
+	rm -rf .venv .comfyui .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
