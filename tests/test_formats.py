@@ -82,10 +82,6 @@ def renamed(**names):
     return lambda path, v: save_file({theirs: v[ours] for theirs, ours in names.items()}, path)
 
 
-def one_vector_without_rows(path: Path, v: dict) -> None:
-    torch.save({"<word>": v["clip_l"][0]}, path)
-
-
 WRITERS = {
     "diffusers": (SD1, ".safetensors", lambda path, v: save_file({"<word>": v["clip_l"]}, path)),
     "diffusers bin": (SD1, ".bin", lambda path, v: torch.save({"<word>": v["clip_l"]}, path)),

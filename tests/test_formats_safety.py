@@ -174,7 +174,7 @@ def test_no_name_leads_out_of_the_embeddings_folder(tmp_path, monkeypatch):
 
 
 def test_damaged_files():
-    """A short run of fuzz_formats.py; CONTRIBUTING names the long one."""
+    """A short run of fuzz_formats.py; docs/formats.md names the long one."""
     script = Path(__file__).with_name("fuzz_formats.py")
     command = [sys.executable, str(script), "--examples", "100"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
