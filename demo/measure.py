@@ -71,7 +71,7 @@ class Bench:
 
         prompts = [(choices[0].replace(embedding.trigger, text),) for choices in dataset.prompts]
         batches = fixed_batches(replace(dataset, prompts=prompts), TrainConfig(batch_size=32), noise_levels)
-        return mean_loss(self.model, embedding, batches)
+        return mean_loss(self.model, [embedding], batches)
 
     def best_word(self, dataset, embedding, words: list[str]) -> tuple[float, str]:
         """The word with the lowest loss: all are tried at 2 noise levels, the best 20 at all."""
@@ -80,12 +80,12 @@ class Bench:
 
     def learn(self, concept: Concept, words: list[str], **settings) -> dict[str, Any]:
         """Learns the concept with the node's defaults and measures it."""
-        from ti_pack.textual_inversion import TrainConfig, train
+        from ti_pack.textual_inversion import TrainConfig, initial_embedding, train
 
         config = TrainConfig(initializer=concept.initializer, kind=concept.kind, **settings)
         training, heldout = (self.dataset(concept, part, config) for part in ("train", "heldout"))
         with self.model as model:
-            start = model.initial_embedding(config.trigger, config.initializer, config.vectors)
+            start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, config.vectors)
             embedding = start.trainable()
             started = time.perf_counter()
             *_, last = train(model, embedding, training, config)

@@ -127,13 +127,13 @@ def main() -> None:
 def measured(concept: Concept, learned: Path, trigger: str) -> dict[str, float]:
     """Losses on fixed noise, of the training and of the held-out pictures, before and after."""
     bench = Bench()
-    from ti_pack.textual_inversion import TrainConfig, formats
+    from ti_pack.textual_inversion import TrainConfig, formats, initial_embedding
 
     config = TrainConfig(trigger=trigger, initializer=concept.initializer)
     word = formats.read(learned)
     training, heldout = (bench.dataset(concept, part, config) for part in ("train", "heldout"))
     with bench.model as model:
-        start = model.initial_embedding(trigger, concept.initializer, 1)
+        start = initial_embedding(model.vocabularies(), trigger, concept.initializer, 1)
         return {
             "loss_first": bench.heldout_loss(training, start, trigger),
             "loss_last": bench.heldout_loss(training, word, trigger),

@@ -23,7 +23,7 @@ MAIN_FIELDS = (
     "template",
     "vectors",
     "steps",
-    "learning_rate",
+    "editability",
     "batch_size",
     "size",
     "seed",

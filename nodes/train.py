@@ -20,12 +20,15 @@ from ..textual_inversion import (
     TrainingStopped,
     __version__,
     formats,
+    initial_embedding,
     train,
 )
 from ..textual_inversion.adapters.comfyui import ComfyModel
 from ..textual_inversion.dataset import Dataset, make_dataset
+from ..textual_inversion.initializer import with_initializer
 from ..textual_inversion.pictures import to_pillow
 from ..textual_inversion.prompts import check_trigger, place_word
+from ..textual_inversion.report import report
 from .files import base_model, embeddings_folder, temporary_folder
 from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, SettingsSocket, widget
 
@@ -91,10 +94,10 @@ class Train(io.ComfyNode):
             ours = ComfyModel(model[0], clip[0], vae[0], config.gradient_checkpointing)
             dataset = make_dataset(ours.encode_images, _single(images), _single(masks or []), captions or [], config)
             run = _Run(config, preview, base_model(cls.hidden.prompt, cls.hidden.unique_id))
-            embedding, report = run.learn(ours, dataset)
+            embedding, text = run.learn(ours, dataset)
         pictures = torch.cat(run.pictures)
-        shown = {"text": [report], **ui.PreviewImage(pictures, cls=cls).as_dict()}
-        return io.NodeOutput(embedding, {"loss": run.losses}, pictures, report, ui=shown)
+        shown = {"text": [text], **ui.PreviewImage(pictures, cls=cls).as_dict()}
+        return io.NodeOutput(embedding, {"loss": run.losses}, pictures, text, ui=shown)
 
 
 @dataclass
@@ -111,21 +114,16 @@ class _Run:
         """The learned embedding and a report; ``losses`` and ``pictures`` are filled on the way."""
         config, started = self.config, time.perf_counter()
         with model:
-            embedding = model.initial_embedding(config.trigger, config.initializer, config.vectors).trainable()
-            prompts = [prompt for choices in dataset.prompts for prompt in choices]
-            model.check_prompts(prompts, embedding)
-            model.check_fit(dataset.latents[0], prompts[0], embedding)
+            neutral = initial_embedding(model.vocabularies(), config.trigger, config.initializer, config.vectors)
+            model.check_fit(dataset.latents[0], config.trigger, neutral)
+            config = self.config = with_initializer(model, dataset, config)
+            start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, config.vectors)
+            embedding = start.trainable()
             step, stopped = self._follow(train(model, embedding, dataset, config), model, embedding, dataset)
-        learned = self._keep(step, formats.free_path(temporary_folder(), formats.file_name(config.trigger)))
+            learned = self._keep(step, formats.free_path(temporary_folder(), formats.file_name(config.trigger)))
+            text = report(model, dataset, config, start, self.losses[0], step, stopped)
         self._draw(model, learned, dataset)
-        report = (
-            f"{config.trigger}: {learned.describe()}, learned from {len(dataset.latents)} pictures.\n"
-            f"{step.number} steps of {config.batch_size * config.accumulation} in "
-            f"{time.perf_counter() - started:.0f} s, previews included.\n"
-            f"Loss on fixed noise: {self.losses[0]:.4f} before, {step.best_loss:.4f} at step "
-            f"{step.best_number}, which is kept.{stopped}"
-        )
-        return learned, report
+        return learned, f"{text}\n{time.perf_counter() - started:.0f} s, previews included."
 
     def _follow(
         self, steps: Iterator[Step], model: ComfyModel, embedding: Embedding, dataset: Dataset
@@ -148,7 +146,7 @@ class _Run:
         except TrainingStopped as error:
             stopped = f"{error} The vectors of step {step.best_number} are kept."
             logging.warning("Textual inversion: %s", stopped)
-            return step, f"\n{stopped}"
+            return step, stopped
         except BaseException:  # ComfyUI's interrupt is no Exception
             if step.number > 0:
                 name = f"{formats.file_name(self.config.trigger)}-partial"

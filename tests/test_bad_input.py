@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ti_pack.textual_inversion import PreviewConfig, TrainConfig, UserError
+from ti_pack.textual_inversion import PreviewConfig, TrainConfig, UserError, initial_embedding
 from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
 from ti_pack.textual_inversion.dataset import check_pictures, make_dataset
 from ti_pack.textual_inversion.formats import file_name
@@ -114,31 +114,31 @@ def test_captions_get_the_word(caption, kind, prompt):
 
 def test_word_of_the_vocabulary_is_refused(graph):
     with ComfyModel(*graph) as model, pytest.raises(UserError, match="'cat' is a word the text encoder knows"):
-        model.initial_embedding("cat", "", 1)
+        initial_embedding(model.vocabularies(), "cat", "", 1)
 
 
 def test_initializer_without_a_token_is_refused(graph):
     with ComfyModel(*graph) as model, pytest.raises(UserError, match="holds no word"):
-        model.initial_embedding("S*", " ", 1)
+        initial_embedding(model.vocabularies(), "S*", " ", 1)
 
 
 def test_initializers(graph):
     """Fewer words than vectors are repeated, more are averaged, none is the mean of the vocabulary."""
     with ComfyModel(*graph) as model:
         table = graph.clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight.float()
-        one = model.initial_embedding("S*", "toy", 3).vectors["clip_l"]
+        one = initial_embedding(model.vocabularies(), "S*", "toy", 3).vectors["clip_l"]
         assert torch.equal(one[0], one[2])
-        two = model.initial_embedding("S*", "red toy", 2).vectors["clip_l"]
+        two = initial_embedding(model.vocabularies(), "S*", "red toy", 2).vectors["clip_l"]
         assert torch.equal(two[1], one[0])
-        mean = model.initial_embedding("S*", "red toy", 1).vectors["clip_l"]
+        mean = initial_embedding(model.vocabularies(), "S*", "red toy", 1).vectors["clip_l"]
         torch.testing.assert_close(mean[0], two.mean(0))
-        nothing = model.initial_embedding("S*", "", 1).vectors["clip_l"]
+        nothing = initial_embedding(model.vocabularies(), "S*", "", 1).vectors["clip_l"]
         torch.testing.assert_close(nothing[0], table.mean(0))
 
 
 def test_more_vectors_than_a_prompt_holds(graph):
     with ComfyModel(*graph) as model:
-        word = model.initial_embedding("S*", "toy", 72)
+        word = initial_embedding(model.vocabularies(), "S*", "toy", 72)
         model.check_prompts(["a photo of S*"], word)
         with pytest.raises(UserError, match="use fewer vectors or a shorter prompt"):
             model.check_prompts(["a photo of the S*"], word)
@@ -147,7 +147,7 @@ def test_more_vectors_than_a_prompt_holds(graph):
 def test_clip_of_another_model(checkpoints, load):
     small, other = load(checkpoints["SmallSD1"]), load(checkpoints["SmallSDXL"])
     with ComfyModel(small.model, other.clip, small.vae) as model:
-        word = model.initial_embedding("S*", "", 1)
+        word = initial_embedding(model.vocabularies(), "S*", "", 1)
         with pytest.raises(UserError, match="CLIP and MODEL do not belong together"):
             model.check_fit(torch.zeros(4, 8, 8), "a photo of S*", word)
 

@@ -16,7 +16,7 @@ from networks import pipeline_from_checkpoint
 from safetensors.torch import save_file
 from small_models import randomise
 from small_pipelines import WIDTH, WIDTH_G, WIDTH_T5, small_pipeline
-from ti_pack.textual_inversion import Embedding, TrainConfig, UserError, train, training
+from ti_pack.textual_inversion import Embedding, TrainConfig, UserError, initial_embedding, train, training
 from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
 from ti_pack.textual_inversion.adapters.diffusers_pipeline import DiffusersModel
 from ti_pack.textual_inversion.dataset import Batch, Dataset
@@ -43,7 +43,7 @@ def random_batches(count: int, channels: int = 4, side: int = 8) -> list[Batch]:
 
 
 def dataset_of(batch: Batch) -> Dataset:
-    return Dataset([batch.latents[0]], [], [], [tuple(batch.prompts)])
+    return Dataset([batch.latents[0]], [], [], [tuple(batch.prompts)], [""])
 
 
 def channels_of(pipeline) -> int:
@@ -135,13 +135,21 @@ def test_parity_with_diffusers_script(family, prediction, vectors, monkeypatch):
     pipeline = small_pipeline(family, prediction).to(torch.float64)
     model = DiffusersModel(pipeline)
     config = TrainConfig(
-        initializer="toy", vectors=vectors, steps=20, schedule="constant", batch_size=2, evaluate_every=1000
+        optimizer="adamw",
+        learning_rate=5e-3,
+        schedule="constant",
+        averaging=0,
+        momentum=0.9,
+        vectors=vectors,
+        steps=20,
+        batch_size=2,
+        evaluate_every=1000,
     )
     batches = random_batches(20)
-    start = model.initial_embedding("S*", "toy", vectors)
+    start = initial_embedding(model.vocabularies(), "S*", "toy", vectors)
 
     word = start.trainable()
-    gradients = torch.autograd.grad(batch_loss(model, word, batches[0]), list(word.parameters()))
+    gradients = torch.autograd.grad(batch_loss(model, [word], batches[0]), list(word.parameters()))
     monkeypatch.setattr(training, "training_batches", lambda *_args: iter(batches))
     *_, last = train(model, word, dataset_of(batches[0]), config)
     assert last.number == 20
@@ -165,7 +173,7 @@ def test_word_is_one_token_and_the_end_stays_the_end(family):
     """With the vectors of "dog" the word means what "dog" means, where CLIP pools at the largest id too."""
     pipeline = small_pipeline(family, eos_token_id=2)
     model = DiffusersModel(pipeline)
-    word = model.initial_embedding("S*", "dog", 1)
+    word = initial_embedding(model.vocabularies(), "S*", "dog", 1)
     prompts = ["a photo of S* on grass", "S*", "a photo of S* on grass", "S* s*"]
     ours = model.encode_prompts(prompts, word)
     theirs = model.encode_prompts([prompt.replace("S*", "dog").replace("s*", "dog") for prompt in prompts], word)
@@ -215,16 +223,16 @@ def test_gradient_matches_finite_differences(family):
     assert model._network.is_gradient_checkpointing
     word = word_for(model).trainable()
     parameters = list(word.parameters())
-    gradients = torch.autograd.grad(batch_loss(model, word, batch), parameters)
+    gradients = torch.autograd.grad(batch_loss(model, [word], batch), parameters)
     for vectors, gradient in zip(parameters, gradients, strict=True):
         # Along the gradient the difference is largest, and so least hidden by rounding.
         direction = gradient / gradient.norm()
         with torch.no_grad():
             start = vectors.clone()
             vectors.copy_(start + STEP * direction)
-            above = batch_loss(model, word, batch).item()
+            above = batch_loss(model, [word], batch).item()
             vectors.copy_(start - STEP * direction)
-            below = batch_loss(model, word, batch).item()
+            below = batch_loss(model, [word], batch).item()
             vectors.copy_(start)
         assert (above - below) / (2 * STEP) == pytest.approx(gradient.norm().item(), rel=1e-3)
 
@@ -236,7 +244,7 @@ def test_half_precision_points_the_same_way(family):
         pipeline = small_pipeline(family).to(dtype)
         model = DiffusersModel(pipeline)
         word = word_for(model).trainable()
-        loss = batch_loss(model, word, random_batches(1, channels_of(pipeline))[0])
+        loss = batch_loss(model, [word], random_batches(1, channels_of(pipeline))[0])
         assert loss.dtype == torch.float32
         gradients.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(word.parameters()))]))
     assert gradients[1].dtype == torch.float32
@@ -266,7 +274,7 @@ def test_pipeline_is_unchanged_by_training_drawing_and_errors(family, monkeypatc
     model = DiffusersModel(pipeline)
     before = state_of(pipeline)
     config = TrainConfig(steps=3, batch_size=2, vectors=2, initializer="dog", evaluate_every=100)
-    start = model.initial_embedding("S*", "dog", 2)
+    start = initial_embedding(model.vocabularies(), "S*", "dog", 2)
     model.check_prompts(PROMPTS, start)
     shape = (channels_of(pipeline), 8, 8)
     plain = model.generate("a photo of S*", None, shape, 1, 2, 2.0)
@@ -316,7 +324,7 @@ def test_agrees_with_comfyui(both):
     batch = dataclasses.replace(random_batches(1)[0], prompts=["a photo of S*", "One S*, in the STYLE of s*."])
     prompts = ["S*", "A photo of S*, THE one S*? s*", "a\nS*\nb", 'S*\'s hat, a s*-like S*. "S*"']
     word = word_for(ours, 3).trainable()
-    loss = batch_loss(ours, word, batch)
+    loss = batch_loss(ours, [word], batch)
     gradients = torch.autograd.grad(loss, list(word.parameters()))
     with theirs, torch.no_grad():
         encoded = ours.encode_prompts(prompts, word)
@@ -324,11 +332,11 @@ def test_agrees_with_comfyui(both):
             assert relative(encoded["context"][row], condition["cross_attn"][0]) < 1e-4
             if "pooled" in encoded:
                 assert relative(encoded["pooled"][row], condition["pooled_output"][0]) < 1e-4
-        start, other = (model.initial_embedding("S*", "red toy", 3) for model in both)
+        start, other = (initial_embedding(model.vocabularies(), "S*", "red toy", 3) for model in both)
         for key, vectors in start.vectors.items():
             assert relative(vectors, other.vectors[key]) < 1e-3  # ComfyUI keeps text encoders in fp16
     with theirs:
-        expected = batch_loss(theirs, word, batch)
+        expected = batch_loss(theirs, [word], batch)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
         for gradient, other in zip(gradients, torch.autograd.grad(expected, list(word.parameters())), strict=True):
             assert relative(gradient, other) < 1e-4
@@ -357,8 +365,8 @@ def test_errors_are_those_of_comfyui(checkpoints, load):
 
     with theirs:
         for call in (
-            lambda model: model.initial_embedding("dog", "", 1),
-            lambda model: model.initial_embedding("S*", " ", 1),
+            lambda model: initial_embedding(model.vocabularies(), "dog", "", 1),
+            lambda model: initial_embedding(model.vocabularies(), "S*", " ", 1),
             lambda model: model.encode_prompts(PROMPTS, narrow),
         ):
             assert message(lambda call=call: call(ours)) == message(lambda call=call: call(theirs))
@@ -444,8 +452,8 @@ def test_loads_folders_and_single_files_without_network(tmp_path, offline):
     word = word_for(expected)
     for loaded in (DiffusersModel.load(folder), DiffusersModel.load(file, configs)):
         assert loaded.keys == {"clip_l": WIDTH}
-        assert batch_loss(loaded, word, batch).item() == pytest.approx(
-            batch_loss(expected, word, batch).item(), rel=1e-6
+        assert batch_loss(loaded, [word], batch).item() == pytest.approx(
+            batch_loss(expected, [word], batch).item(), rel=1e-6
         )
         torch.testing.assert_close(loaded.encode_images([image]), expected.encode_images([image]))
     half = DiffusersModel.load(folder, dtype=torch.float16)

@@ -4,6 +4,7 @@ from .config import PreviewConfig, TrainConfig
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped, UserError
 from .training import Step, train
+from .vocabulary import initial_embedding
 
 __version__ = "0.1.0"
 
@@ -16,5 +17,6 @@ __all__ = [
     "TrainingStopped",
     "UserError",
     "__version__",
+    "initial_embedding",
     "train",
 ]

@@ -19,9 +19,12 @@ from .dataset import GRID, make_dataset
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped, UserError
 from .formats import FormatName
+from .initializer import with_initializer
 from .pictures import load_folder, to_pillow
 from .prompts import check_trigger, place_word
+from .report import report
 from .training import Step, train
+from .vocabulary import initial_embedding
 
 app = tyro.extras.SubcommandApp()
 INTERRUPTED = 130  # what shells call a program that Ctrl-C ended
@@ -85,13 +88,13 @@ def train_command(
     pictures, masks, captions = load_folder(images, 0)
     model = pipeline.load(settings.gradient_checkpointing)
     dataset = make_dataset(model.encode_images, pictures, masks, captions, settings)
-    embedding = model.initial_embedding(settings.trigger, settings.initializer, settings.vectors).trainable()
-    model.check_prompts([prompt for choices in dataset.prompts for prompt in choices], embedding)
+    config = with_initializer(model, dataset, settings)
+    start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, config.vectors)
 
-    steps = train(model, embedding, dataset, settings)
+    steps = train(model, start.trainable(), dataset, config)
     first = step = next(steps)
     ended = ""
-    with tqdm(total=settings.steps, unit="step", desc=settings.trigger) as bar:
+    with tqdm(total=config.steps, unit="step", desc=config.trigger) as bar:
         try:
             for step in steps:
                 bar.update()
@@ -100,9 +103,9 @@ def train_command(
             ended = str(error)
         except KeyboardInterrupt:
             ended = f"Interrupted at step {step.number}."
-    for path in formats.write(_learned(step, settings, pipeline), target, format):
+    for path in formats.write(_learned(step, config, pipeline), target, format):
         print(path)
-    _say(f"Loss on fixed noise: {first.best_loss:.4f} before, {step.best_loss:.4f} at step {step.best_number}. {ended}")
+    _say(f"{report(model, dataset, config, start, first.best_loss, step, ended)}")
     if ended.startswith("Interrupted"):
         sys.exit(INTERRUPTED)
 

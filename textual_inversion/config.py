@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from .errors import UserError
 
 Kind = Literal["object", "style", "face", "custom"]
+Optimizer = Literal["sphere", "adamw"]
 Schedule = Literal["cosine", "constant"]
 
 
@@ -25,7 +26,7 @@ class TrainConfig:
     """Trigger word: the new word to write in prompts. Pick one that is no ordinary word."""
 
     initializer: str = ""
-    """One or more words to start from, such as "toy" or "red hat". Empty: the mean of the vocabulary."""
+    """One or more words to start from, such as "toy" or "red hat". Empty: the word that explains the pictures best."""
 
     kind: Kind = "object"
     """What the pictures share: an object, a style or a face. Custom uses the template below."""
@@ -36,11 +37,11 @@ class TrainConfig:
     vectors: int = bounded(1, 1, 75)
     """Vectors of the word, each as long as one token of the prompt. More hold more detail and are harder to edit."""
 
-    steps: int = bounded(500, 2, 100_000)
-    """Optimizer steps."""
+    steps: int = bounded(200, 2, 100_000)
+    """Optimizer steps at most: training ends by itself when the loss falls no more."""
 
-    learning_rate: float = bounded(5e-3, 1e-6, 1.0, 1e-6)
-    """Step size of AdamW. 0.005 suits SD1 and SDXL; halve it when the pictures turn to noise."""
+    learning_rate: float = bounded(0.3, 1e-6, 1.0, 1e-6)
+    """Radians a step turns the vectors by, at most; adamw takes 0.005 here. Halve it when pictures turn to noise."""
 
     batch_size: int = bounded(4, 1, 64)
     """Pictures per step. Lower it when memory runs out."""
@@ -54,8 +55,27 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Saves memory, costs about half as much time again. The result stays the same."""
 
+    optimizer: Optimizer = "sphere"
+    """sphere turns the vectors and keeps their length, so that they drown no other word; adamw lets them grow."""
+
+    editability: float = bounded(0.1, 0.0, 1.0, 0.05)
+    """0: everything the pictures show. 1: stays near the initializer, which other words change more easily."""
+
+    context_vectors: int = bounded(1, 0, 16)
+    """Throw-away vectors for each picture without a caption. They learn what only that picture shows, such as its
+    background, so that the word need not."""
+
+    averaging: float = bounded(0.9, 0.0, 0.9999, 0.01)
+    """Share of the past in the running mean of the vectors, which is what is kept. 0: the last vectors."""
+
+    patience: int = bounded(3, 0, 1000)
+    """Training ends when the loss has not fallen by 1% for this many measurements. 0: all steps are done."""
+
+    momentum: float = bounded(0.8, 0.0, 0.999, 0.01)
+    """Share of the past in the running gradient. 0: each step follows its own pictures alone."""
+
     weight_decay: float = bounded(1e-2, 0.0, 1.0, 1e-4)
-    """AdamW's pull of the vectors towards zero."""
+    """adamw's pull of the vectors towards zero."""
 
     schedule: Schedule = "cosine"
     """Learning rate over the run: falling along a cosine, or constant."""
@@ -69,7 +89,7 @@ class TrainConfig:
     flip_probability: float = bounded(0.0, 0.0, 1.0, 0.05)
     """How often a picture is mirrored. Leave 0 for faces, text and anything with a left and a right."""
 
-    evaluate_every: int = bounded(25, 1, 10_000)
+    evaluate_every: int = bounded(20, 1, 10_000)
     """Steps between measurements on fixed noise, which choose the vectors that are kept."""
 
     def __post_init__(self) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .errors import UserError
-from .prompts import caption_prompt, training_prompts
+from .prompts import caption_prompt, training_prompts, with_context
 
 SMALLEST_SIDE = 8
+FIXED_DRAWS = 16  # as many as 4 steps of 4 pictures, without their backward passes
 GRID = 8  # pixels per latent of every Stable Diffusion autoencoder
 
 
@@ -81,6 +82,7 @@ class Dataset:
     mirrored: list[Tensor]  # the same of the mirrored pictures, or empty
     masks: list[Tensor]  # (1, h, w) each in 0..1, or empty
     prompts: list[tuple[str, ...]]  # what item i may be called, the word in place
+    contexts: list[str]  # trigger of the throw-away word in the prompts of item i, or empty
 
     def shapes(self) -> list[list[int]]:
         """Items grouped by latent shape, in order of first appearance."""
@@ -116,10 +118,16 @@ def make_dataset(
     templates = training_prompts(config.kind, config.template, config.trigger)
     if len(captions) == 1:
         captions = list(captions) * len(images)
-    prompts = [
-        (caption_prompt(caption, config.trigger, config.kind),) if caption.strip() else templates
-        for caption in captions or [""] * len(images)
-    ]
+    prompts, contexts = [], []
+    for number, caption in enumerate(captions or [""] * len(images)):
+        lacks_context = bool(config.context_vectors) and config.kind != "custom" and not caption.strip()
+        contexts.append(f"ti-context-{number}" if lacks_context else "")
+        if caption.strip():
+            prompts.append((caption_prompt(caption, config.trigger, config.kind),))
+        elif lacks_context:
+            prompts.append(tuple(with_context(prompt, config.kind, contexts[-1]) for prompt in templates))
+        else:
+            prompts.append(templates)
     pixels = [fit(image[..., :3], config.size) for image in images]
     latents = encode_images(pixels)
     mirrored = encode_images([image.flip(2) for image in pixels]) if config.flip_probability else []
@@ -127,7 +135,7 @@ def make_dataset(
         _latent_mask(mask, image, latent, config.size, number)
         for number, (mask, image, latent) in enumerate(zip(masks, images, latents, strict=False), 1)
     ]
-    return Dataset(latents, mirrored, fitted_masks, prompts)
+    return Dataset(latents, mirrored, fitted_masks, prompts, contexts)
 
 
 def _latent_mask(mask: Tensor, image: Tensor, latent: Tensor, size: int, number: int) -> Tensor:
@@ -151,16 +159,19 @@ def training_batches(dataset: Dataset, config: TrainConfig, generator: torch.Gen
         yield _draw(dataset, indices, torch.rand(len(indices), generator=generator), config, generator)
 
 
-def fixed_batches(dataset: Dataset, config: TrainConfig, draws_per_picture: int = 4) -> list[Batch]:
+def fixed_batches(dataset: Dataset, config: TrainConfig, draws_per_picture: int = 0) -> list[Batch]:
     """The same noise, noise levels and prompts on every call, for measurements that can be compared.
 
-    Noise levels are spread evenly over the schedule, so that four draws a picture say as much as
-    many random ones.
+    Noise levels are spread evenly over the schedule, so that a few draws say as much as many random
+    ones. 0 draws: about 16 in all, and of many pictures only every second, third ..., to stay cheap.
     """
     generator = torch.Generator().manual_seed(0)
+    pictures = len(dataset.latents)
+    every = 1 if draws_per_picture else math.ceil(pictures / FIXED_DRAWS)
+    draws = draws_per_picture or max(1, FIXED_DRAWS // pictures)
     batches = []
     for group in dataset.shapes():
-        indices = [index for index in group for _ in range(draws_per_picture)]
+        indices = [index for index in group[::every] for _ in range(draws)]
         quantiles = (torch.randperm(len(indices), generator=generator) + 0.5) / len(indices)
         for start in range(0, len(indices), config.batch_size):
             rows = slice(start, start + config.batch_size)

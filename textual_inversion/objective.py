@@ -34,19 +34,19 @@ def denoising_loss(
     return per_picture.mean()
 
 
-def batch_loss(model: DiffusionModel, embedding: Embedding, batch: Batch) -> Tensor:
-    """The loss of one batch, a scalar that the vectors of ``embedding`` can be differentiated by."""
+def batch_loss(model: DiffusionModel, words: Sequence[Embedding], batch: Batch) -> Tensor:
+    """The loss of one batch, a scalar that the vectors of ``words`` can be differentiated by."""
     latents = batch.latents.to(model.device)
     masks = None if batch.masks is None else batch.masks.to(model.device)
     sigmas = model.sample_sigmas(batch.quantiles)
     noised = model.add_noise(latents, batch.noise.to(model.device), sigmas)
-    conditioning = model.encode_prompts(batch.prompts, embedding)
+    conditioning = model.encode_prompts(batch.prompts, *words)
     denoised = model.denoise(noised, sigmas, conditioning)
     return denoising_loss(denoised, latents, sigmas, model.loss_weights(sigmas), masks)
 
 
 @torch.no_grad()
-def mean_loss(model: DiffusionModel, embedding: Embedding, batches: Sequence[Batch]) -> float:
+def mean_loss(model: DiffusionModel, words: Sequence[Embedding], batches: Sequence[Batch]) -> float:
     """The loss over fixed batches, every row counting the same."""
     rows = sum(len(batch.prompts) for batch in batches)
-    return sum(batch_loss(model, embedding, b).item() * len(b.prompts) for b in batches) / rows
+    return sum(batch_loss(model, words, b).item() * len(b.prompts) for b in batches) / rows

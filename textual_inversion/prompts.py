@@ -110,3 +110,14 @@ def caption_prompt(caption: str, trigger: str, kind: str) -> str:
         return prompt
     frame = CAPTION_FRAMES.get(kind, "{}, ")
     return place_word(frame, trigger) + prompt
+
+
+def with_context(prompt: str, kind: str, context: str) -> str:
+    """The template prompt with a second word for what only one picture shows.
+
+    That is its scene, or under a style its content. The language has to expect it where it stands:
+    appended after a comma it takes nothing off the word (docs/method.md).
+    """
+    if kind == "style":
+        return prompt.replace(" in the style of", f" of {context} in the style of")
+    return f"{prompt} on a {context} background"

@@ -1,7 +1,7 @@
 """The only training loop."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -14,6 +14,11 @@ from .dataset import Batch, Dataset, fixed_batches, training_batches
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
 from .objective import batch_loss, mean_loss
+from .optimizers import make_optimizer
+from .vocabulary import Vocabulary
+
+# Share by which the loss on fixed noise must fall to count: less is beneath what held-out pictures show.
+PROGRESS = 0.01
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,26 @@ def train(model: DiffusionModel, embedding: Embedding, dataset: Dataset, config:
     """Learns v* = argmin E ||eps - eps_theta(z_t, t, c_theta(y))||^2 (arXiv 2208.01618, equation 2).
 
     Yields after every optimizer step and changes ``embedding`` (see ``Embedding.trainable``) in
-    place; the model stays as it is. The caller decides what to show, keep and when to stop.
+    place; the model stays as it is. The caller decides what to show, keep and when to stop; by
+    itself it ends after ``config.steps``, or when ``config.patience`` measurements brought no progress.
 
     Raises:
+        UserError: a prompt of the dataset has no room for the words.
         TrainingError: no gradient reached the vectors, or the very first loss is not finite.
         TrainingStopped: loss or gradient became NaN later; the last step's ``best`` is good.
     """
     generator = torch.Generator().manual_seed(config.seed)
     batches = training_batches(dataset, config, generator)
     fixed = fixed_batches(dataset, config)
-    optimizer = torch.optim.AdamW(embedding.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    contexts = context_words(model.vocabularies(), dataset, embedding, config)
+    words = [embedding, *contexts]
+    _check_prompts(model, embedding, contexts, dataset)
+    optimizer = make_optimizer(embedding, contexts, config)
     schedule = LambdaLR(optimizer, lambda done: learning_rate_factor(done, config))
 
-    best, best_number, best_loss = embedding.snapshot(), 0, mean_loss(model, embedding, fixed)
+    average = [word.snapshot() for word in words]
+    best, best_number, best_loss = average[0].snapshot(), 0, mean_loss(model, words, fixed)
+    mark, mark_number = best_loss, 0  # the last loss on fixed noise that was a step forward
     if not math.isfinite(best_loss):
         raise TrainingError(
             "The loss is not a number before the first step: this model or VAE overflows in its "
@@ -59,19 +71,53 @@ def train(model: DiffusionModel, embedding: Embedding, dataset: Dataset, config:
     for number in range(1, config.steps + 1):
         loss = 0.0
         for batch in islice(batches, config.accumulation):
-            loss += _backward(model, embedding, batch, config.accumulation)
+            loss += _backward(model, words, batch, config.accumulation)
         _check_gradients(model, embedding, loss, number)
         learning_rate = float(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
+        follow(average, words, min(config.averaging, 1 - 1 / number), config.optimizer == "sphere")
 
         fixed_loss = None
         if number % config.evaluate_every == 0 or number == config.steps:
-            fixed_loss = mean_loss(model, embedding, fixed)
+            fixed_loss = mean_loss(model, average, fixed)
             if fixed_loss < best_loss:
-                best, best_number, best_loss = embedding.snapshot(), number, fixed_loss
+                best, best_number, best_loss = average[0].snapshot(), number, fixed_loss
+            if fixed_loss < mark * (1 - PROGRESS):
+                mark, mark_number = fixed_loss, number
         yield Step(number, loss, learning_rate, fixed_loss, best, best_number, best_loss)
+        if config.patience and number - mark_number >= config.patience * config.evaluate_every:
+            return
+
+
+def context_words(
+    vocabularies: Mapping[str, Vocabulary], dataset: Dataset, embedding: Embedding, config: TrainConfig
+) -> list[Embedding]:
+    """Trainable throw-away words, one a picture without a caption.
+
+    What a picture alone shows lowers the loss through its own word as well, so that the shared word
+    need not explain it. They start at the mean of the vocabulary, as long as the word's vectors.
+    """
+    start = {}
+    for key, vocabulary in vocabularies.items():
+        length = embedding.vectors[key].detach().norm(dim=1).mean()
+        mean = vocabulary.vectors.float().mean(0).to(length)
+        start[key] = (length * mean / mean.norm()).expand(config.context_vectors, -1)
+    return [Embedding(trigger, start).trainable() for trigger in dataset.contexts if trigger]
+
+
+def follow(average: Sequence[Embedding], words: Sequence[Embedding], share: float, keep_length: bool) -> None:
+    """Moves the running mean of the vectors, ``share`` of which is the past, after the words.
+
+    The mean of directions is shorter than each; ``keep_length`` makes it as long as the vectors.
+    """
+    for mean, word in zip(average, words, strict=True):
+        for key, vectors in word.vectors.items():
+            now = vectors.detach().to(mean.vectors[key])
+            mean.vectors[key].lerp_(now, 1 - share)
+            if keep_length:
+                mean.vectors[key].mul_(now.norm(dim=1, keepdim=True) / mean.vectors[key].norm(dim=1, keepdim=True))
 
 
 def learning_rate_factor(done: int, config: TrainConfig) -> float:
@@ -84,23 +130,30 @@ def learning_rate_factor(done: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _backward(model: DiffusionModel, embedding: Embedding, batch: Batch, parts: int) -> float:
+def _backward(model: DiffusionModel, words: Sequence[Embedding], batch: Batch, parts: int) -> float:
     """Adds the gradient of one of ``parts`` batches and returns its share of the loss.
 
     The gradient of a mean over many latents underflows in fp16 models. Scaled by the number of
     latents, it passes through them as the gradient of a sum.
     """
     scale = batch.latents[0].numel()
-    loss = batch_loss(model, embedding, batch) / parts
+    loss = batch_loss(model, words, batch) / parts
     if not loss.requires_grad:  # cut off altogether: _check_gradients tells the user
         return loss.item()
-    parameters = list(embedding.parameters())
+    parameters = [vectors for word in words for vectors in word.parameters()]
     for vectors, gradient in zip(
         parameters, torch.autograd.grad(loss * scale, parameters, allow_unused=True), strict=True
     ):
-        if gradient is not None:
+        # A throw-away word that the batch does not name stays where it is.
+        if gradient is not None and gradient.any():
             vectors.grad = gradient / scale + (0 if vectors.grad is None else vectors.grad)
     return loss.item()
+
+
+def _check_prompts(model: DiffusionModel, embedding: Embedding, contexts: list[Embedding], dataset: Dataset) -> None:
+    by_trigger = {word.trigger: word for word in contexts}
+    for prompts, context in zip(dataset.prompts, dataset.contexts, strict=True):
+        model.check_prompts(prompts, embedding, *([by_trigger[context]] if context else []))
 
 
 def _check_gradients(model: DiffusionModel, embedding: Embedding, loss: float, number: int) -> None:

@@ -14,10 +14,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
-from ..embedding import Embedding, resample
-from ..errors import UserError
+from ..embedding import Embedding
+from ..errors import UserError, does_not_fit
+from ..vocabulary import Vocabulary
 from .comfyui_autograd import checkpointed_blocks, mutable_residuals, ordinary_weights, training_flag
-from .comfyui_words import embedding_keys, known_token, sub_tokenizers, token_ids, with_words
+from .comfyui_words import embedding_keys, vocabularies, with_words
 
 Conditioning = list[dict[str, Any]]
 
@@ -25,6 +26,11 @@ Conditioning = list[dict[str, Any]]
 def _pytorch_attention(_original, *args, **kwargs):
     """Flash and sage attention have no backward pass; PyTorch's attention has."""
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+def _storage(token) -> int | None:
+    """Where a row of vectors lies; None for the number of a token."""
+    return token.untyped_storage().data_ptr() if torch.is_tensor(token) else None
 
 
 class ComfyModel:
@@ -88,45 +94,19 @@ class ComfyModel:
 
     # The word -----------------------------------------------------------------------------------
 
-    def initial_embedding(self, trigger: str, initializer: str, vectors: int) -> Embedding:
-        """Vectors to start from. Call inside ``with model:``.
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        return vocabularies(self._clip)
 
-        As many words as vectors: one each. Fewer: repeated in turn. More: neighbours are averaged.
-        An empty initializer gives the mean of the vocabulary.
-
-        Raises:
-            UserError: the trigger is an ordinary word, or the initializer has no token.
-        """
-        if known_token(self._clip, trigger):
-            raise UserError(
-                f"{trigger!r} is a word the text encoder knows already and would lose: choose a new one, "
-                f"such as '{trigger}-x' or '<{trigger}>'."
-            )
-        start = {}
-        for part in sub_tokenizers(self._clip.tokenizer).values():
-            encoder = getattr(self._clip.cond_stage_model, part.embedding_key)
-            vocabulary = encoder.transformer.get_input_embeddings().weight.detach()  # (tokens, width)
-            rows = vocabulary.float().mean(0, keepdim=True)
-            if initializer:
-                ids = token_ids(part, initializer)
-                if not ids:
-                    raise UserError(f"The initializer {initializer!r} holds no word: write one, or leave it empty.")
-                rows = vocabulary[ids].float()
-            start[part.embedding_key] = resample(rows, vectors)
-        return Embedding(trigger, start)
-
-    def check_prompts(self, prompts: Sequence[str], embedding: Embedding) -> None:
-        """Raises UserError for a prompt in which the whole word does not fit."""
-        clip = with_words(self._clip, embedding)
-        for prompt in dict.fromkeys(prompts):
-            for sections in clip.tokenize(prompt).values():
-                counts = [sum(torch.is_tensor(token[0]) for token in section) for section in sections]
-                # A repeated word gives multiples; a word torn apart gives fractions.
-                if not any(counts) or any(count % embedding.count for count in counts):
-                    raise UserError(
-                        f"A word of {embedding.count} vectors does not fit into the prompt {prompt!r}: "
-                        "use fewer vectors or a shorter prompt."
-                    )
+    def check_prompts(self, prompts: Sequence[str], *words: Embedding) -> None:
+        clip = with_words(self._clip, *words)
+        for word in words:
+            ours = {vectors.untyped_storage().data_ptr() for vectors in word.vectors.values()}
+            for prompt in dict.fromkeys(prompts):
+                for sections in clip.tokenize(prompt).values():
+                    counts = [sum(_storage(token[0]) in ours for token in section) for section in sections]
+                    # A repeated word gives multiples; a word torn apart gives fractions.
+                    if not any(counts) or any(count % word.count for count in counts):
+                        raise does_not_fit(word.count, prompt)
 
     # DiffusionModel -----------------------------------------------------------------------------
 
@@ -149,9 +129,9 @@ class ComfyModel:
                 latents.append(self._patcher.model.process_latent_in(encoded.clone().float().cpu())[0])
         return latents
 
-    def encode_prompts(self, prompts: Sequence[str], embedding: Embedding) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], *words: Embedding) -> Conditioning:
         """Each distinct prompt is encoded once, the way ``CLIP.encode_from_tokens`` does."""
-        clip = with_words(self._clip, embedding)
+        clip = with_words(self._clip, *words)
         encoder = clip.cond_stage_model
         encoder.reset_clip_options()
         if clip.layer_idx is not None:
@@ -166,6 +146,9 @@ class ComfyModel:
                 **(extra[0] if extra else {}),
             }
         return [encoded[prompt] for prompt in prompts]
+
+    def text_outputs(self, prompts: Sequence[str], *words: Embedding) -> list[Tensor]:
+        return [encoded["cross_attn"][0] for encoded in self.encode_prompts(prompts, *words)]
 
     def sample_sigmas(self, quantiles: Tensor) -> Tensor:
         sigmas = self._patcher.model.model_sampling.sigmas

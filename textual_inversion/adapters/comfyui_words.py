@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 from typing import Any
 
 from comfy.sd import CLIP
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..embedding import Embedding
 from ..errors import UserError
 from ..prompts import trigger_pattern
+from ..vocabulary import Vocabulary
 
 # What a trigger becomes inside ComfyUI's own "embedding:NAME" syntax. No number, or the weight
 # parser would read "(embedding:NAME)" as a weight.
@@ -56,20 +58,21 @@ def embedding_keys(clip: CLIP) -> dict[str, int]:
     return keys
 
 
-def with_words(clip: CLIP, embedding: Embedding) -> CLIP:
-    """A copy of ``clip`` in which the trigger of ``embedding`` stands for its vectors.
+def with_words(clip: CLIP, *embeddings: Embedding) -> CLIP:
+    """A copy of ``clip`` in which the trigger of each embedding stands for its vectors.
 
     The copy shares the weights; ``clip`` itself stays as it is. May be chained.
 
     Raises:
-        UserError: the embedding lacks vectors for an encoder of the CLIP, or has another width.
+        UserError: an embedding lacks vectors for an encoder of the CLIP, or has another width.
     """
-    embedding = embedding.fitted(embedding_keys(clip))
+    fitted = [embedding.fitted(embedding_keys(clip)) for embedding in embeddings]
     clip = clip.clone()
     clip.tokenizer = copy.copy(clip.tokenizer)
     for name, part in sub_tokenizers(clip.tokenizer).items():
         part = copy.copy(part)
-        words = {**getattr(part, "words", {}), embedding.trigger: embedding.vectors[part.embedding_key]}
+        ours = {embedding.trigger: embedding.vectors[part.embedding_key] for embedding in fitted}
+        words = {**getattr(part, "words", {}), **ours}
         if not isinstance(part, _KnowsWords):
             part.__class__ = type(type(part).__name__, (_KnowsWords, type(part)), {})
         vars(part)["words"] = words
@@ -78,12 +81,17 @@ def with_words(clip: CLIP, embedding: Embedding) -> CLIP:
     return clip
 
 
-def known_token(clip: CLIP, word: str) -> bool:
-    """Whether ``word`` is one token of a vocabulary already."""
-    return any(len(token_ids(part, word)) == 1 for part in sub_tokenizers(clip.tokenizer).values())
+def vocabularies(clip: CLIP) -> dict[str, Vocabulary]:
+    """What each text encoder of ``clip`` knows, by its key."""
+    found = {}
+    for part in sub_tokenizers(clip.tokenizer).values():
+        table = getattr(clip.cond_stage_model, part.embedding_key).transformer.get_input_embeddings()
+        encode = partial(_token_ids, part)
+        found[part.embedding_key] = Vocabulary(table.weight.detach(), part.inv_vocab, encode)
+    return found
 
 
-def token_ids(tokenizer: SDTokenizer, text: str) -> list[int]:
+def _token_ids(tokenizer: SDTokenizer, text: str) -> list[int]:
     """Vocabulary entries of ``text`` without start and end tokens."""
     end = -1 if tokenizer.tokenizer_adds_end_token else None
     return list(tokenizer.tokenizer(text)["input_ids"][tokenizer.tokens_start : end])

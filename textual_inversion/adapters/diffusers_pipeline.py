@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from diffusers.loaders.single_file_utils import (
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from ..embedding import Embedding, resample
-from ..errors import UserError
+from ..embedding import Embedding
+from ..errors import UserError, does_not_fit
+from ..vocabulary import Vocabulary
 from .diffusers_families import FAMILIES, Conditioning
 from .diffusers_words import spelled, tokenizer_slot, with_names, with_words
 
@@ -78,6 +80,11 @@ def _cached_configs(checkpoint: Path) -> str:
             f"{checkpoint} cannot be loaded alone: give a diffusers folder of the same family for its "
             "configs and tokenizers as well."
         ) from error
+
+
+def _token_ids(tokenizer, text: str) -> list[int]:
+    """Vocabulary entries of ``text`` without start and end tokens."""
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 # The model ---------------------------------------------------------------------------------------
@@ -147,39 +154,29 @@ class DiffusersModel:
 
     # The word -----------------------------------------------------------------------------------
 
-    def initial_embedding(self, trigger: str, initializer: str, vectors: int) -> Embedding:
-        start = {}
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        found = {}
         for slot, key in self._encoders.items():
             tokenizer = getattr(self._pipeline, tokenizer_slot(slot))
-            if len(tokenizer(trigger, add_special_tokens=False).input_ids) == 1:
-                raise UserError(
-                    f"{trigger!r} is a word the text encoder knows already and would lose: choose a new one, "
-                    f"such as '{trigger}-x' or '<{trigger}>'."
-                )
-            vocabulary = getattr(self._pipeline, slot).get_input_embeddings().weight  # (tokens, width)
-            rows = vocabulary.float().mean(0, keepdim=True)
-            if initializer:
-                ids = tokenizer(initializer, add_special_tokens=False).input_ids
-                if not ids:
-                    raise UserError(f"The initializer {initializer!r} holds no word: write one, or leave it empty.")
-                rows = vocabulary[ids].float()
-            start[key] = resample(rows, vectors)
-        return Embedding(trigger, start)
+            table = getattr(self._pipeline, slot).get_input_embeddings().weight.detach()
+            tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+            found[key] = Vocabulary(table, tokens, partial(_token_ids, tokenizer))
+        return found
 
-    def check_prompts(self, prompts: Sequence[str], embedding: Embedding) -> None:
-        for prompt in dict.fromkeys(prompts):
-            for slot in self._encoders:
-                original = getattr(self._pipeline, tokenizer_slot(slot))
-                tokenizer = with_names(original, embedding.count)
-                limit = min(tokenizer.model_max_length, self._family.tokens)
-                ids = tokenizer(spelled(prompt, embedding), truncation=True, max_length=limit).input_ids
-                # A repeated word gives multiples; a word cut off gives fractions.
-                found = sum(number >= len(original) for number in ids)
-                if not found or found % embedding.count:
-                    raise UserError(
-                        f"A word of {embedding.count} vectors does not fit into the prompt {prompt!r}: "
-                        "use fewer vectors or a shorter prompt."
-                    )
+    def check_prompts(self, prompts: Sequence[str], *words: Embedding) -> None:
+        for slot in self._encoders:
+            original = getattr(self._pipeline, tokenizer_slot(slot))
+            tokenizer = with_names(original, sum(word.count for word in words))
+            limit = min(tokenizer.model_max_length, self._family.tokens)
+            for prompt in dict.fromkeys(prompts):
+                ids = tokenizer(spelled(prompt, *words), truncation=True, max_length=limit).input_ids
+                first = len(original)
+                for word in words:
+                    found = sum(first <= number < first + word.count for number in ids)
+                    first += word.count
+                    # A repeated word gives multiples; a word cut off gives fractions.
+                    if not found or found % word.count:
+                        raise does_not_fit(word.count, prompt)
 
     # DiffusionModel -----------------------------------------------------------------------------
 
@@ -195,14 +192,18 @@ class DiffusersModel:
                 latents.append(((latent[0].float() - shift) * vae.config.scaling_factor).cpu())
         return latents
 
-    def encode_prompts(self, prompts: Sequence[str], embedding: Embedding) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], *words: Embedding) -> Conditioning:
         """All distinct prompts at once, by the pipeline's own ``encode_prompt``. Raises UserError."""
         distinct = list(dict.fromkeys(prompts))
-        with with_words(self._pipeline, self._encoders, embedding.fitted(self.keys)) as pipeline:
-            texts = [spelled(prompt, embedding) for prompt in distinct]
+        fitted = [word.fitted(self.keys) for word in words]
+        with with_words(self._pipeline, self._encoders, *fitted) as pipeline:
+            texts = [spelled(prompt, *words) for prompt in distinct]
             encoded = self._family.encode(pipeline, texts, self.device)
         rows = [distinct.index(prompt) for prompt in prompts]
         return {name: tensor[rows] for name, tensor in encoded.items()}
+
+    def text_outputs(self, prompts: Sequence[str], *words: Embedding) -> list[Tensor]:
+        return list(self.encode_prompts(prompts, *words)["context"])
 
     def sample_sigmas(self, quantiles: Tensor) -> Tensor:
         sigmas = self._schedule.sigmas

@@ -18,10 +18,14 @@ from ..prompts import trigger_pattern
 _NAME = "<|ti-vector-{}|>"
 
 
-def spelled(prompt: str, embedding: Embedding) -> str:
-    """The prompt with every occurrence of the word replaced by the names of its vectors."""
-    names = "".join(_NAME.format(number) for number in range(embedding.count))
-    return trigger_pattern(embedding.trigger).sub(names, prompt)
+def spelled(prompt: str, *words: Embedding) -> str:
+    """The prompt with every occurrence of a word replaced by the names of its vectors, numbered throughout."""
+    first = 0
+    for word in words:
+        names = "".join(_NAME.format(number) for number in range(first, first + word.count))
+        prompt = trigger_pattern(word.trigger).sub(names, prompt)
+        first += word.count
+    return prompt
 
 
 def with_names(tokenizer, count: int):
@@ -40,18 +44,19 @@ def _with_names(tokenizer, _size: int, count: int):
 
 
 @contextmanager
-def with_words(pipeline: DiffusionPipeline, encoders: dict[str, str], embedding: Embedding) -> Iterator[Any]:
+def with_words(pipeline: DiffusionPipeline, encoders: dict[str, str], *words: Embedding) -> Iterator[Any]:
     """A copy of ``pipeline`` whose own methods understand ``spelled`` prompts inside the block.
 
-    ``encoders`` maps slots of text encoders to keys of the embedding. The copy shares all weights;
+    ``encoders`` maps slots of text encoders to keys of the embeddings. The copy shares all weights;
     the hooks on its text encoders go when the block ends.
     """
     pipeline = copy.copy(pipeline)
     with ExitStack() as stack:
         for slot, key in encoders.items():
             tokenizer = getattr(pipeline, tokenizer_slot(slot))
-            stack.enter_context(_vectors_after(len(tokenizer), embedding.vectors[key], getattr(pipeline, slot)))
-            setattr(pipeline, tokenizer_slot(slot), with_names(tokenizer, embedding.count))
+            vectors = torch.cat([word.vectors[key] for word in words])  # (all vectors, width)
+            stack.enter_context(_vectors_after(len(tokenizer), vectors, getattr(pipeline, slot)))
+            setattr(pipeline, tokenizer_slot(slot), with_names(tokenizer, len(vectors)))
         yield pipeline
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..embedding import Embedding
+from ..vocabulary import Vocabulary
 
 
 class DiffusionModel(Protocol):
@@ -22,24 +23,24 @@ class DiffusionModel(Protocol):
         """Name of the attention in use, for error messages."""
         ...
 
-    def initial_embedding(self, trigger: str, initializer: str, vectors: int) -> Embedding:
-        """Vectors to start from: those of the initializer's words, or the mean of the vocabulary.
-
-        As many words as vectors: one each. Fewer: repeated in turn. More: neighbours are averaged.
-        Raises UserError when the trigger is an ordinary word or the initializer has no token.
-        """
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """What each text encoder knows already, by its key."""
         ...
 
-    def check_prompts(self, prompts: Sequence[str], embedding: Embedding) -> None:
-        """Raises UserError for a prompt in which the whole word does not fit."""
+    def check_prompts(self, prompts: Sequence[str], *words: Embedding) -> None:
+        """Raises UserError for a prompt in which one of the words is missing or does not fit as a whole."""
         ...
 
     def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Pictures (1, H, W, 3) in 0..1 to latents (C, h, w), one by one."""
         ...
 
-    def encode_prompts(self, prompts: Sequence[str], embedding: Embedding) -> Any:
-        """Conditioning of one prompt a row, differentiable by the vectors of ``embedding``."""
+    def encode_prompts(self, prompts: Sequence[str], *words: Embedding) -> Any:
+        """Conditioning of one prompt a row, differentiable by the vectors of every word."""
+        ...
+
+    def text_outputs(self, prompts: Sequence[str], *words: Embedding) -> list[Tensor]:
+        """What the text encoders make of each prompt, (tokens, width); tokens end to end where there are several."""
         ...
 
     def sample_sigmas(self, quantiles: Tensor) -> Tensor:

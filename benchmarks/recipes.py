@@ -1,0 +1,78 @@
+"""How others learn a word, and how we do: settings of the one training loop, and where it starts from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from in_process import import_pack
+
+import_pack()
+from ti_pack.textual_inversion import Embedding, TrainConfig, initial_embedding  # noqa: E402
+
+
+def from_word(model, config: TrainConfig) -> Embedding:
+    """The token vectors of the initializer (Gal et al. 2022, arXiv 2208.01618)."""
+    return initial_embedding(model.vocabularies(), config.trigger, config.initializer, config.vectors)
+
+
+def from_encoder(model, config: TrainConfig) -> Embedding:
+    """What a CLIP makes of the initializer, as vectors of its input (Pang et al. 2023, arXiv 2312.15905)."""
+    word = from_word(model, config)
+    (conditioning,) = model.encode_prompts([word.trigger], word)
+    outputs = conditioning["cross_attn"][0, 1 : 1 + word.count]  # after the start token
+    return Embedding(word.trigger, {key: outputs.clone() for key in word.vectors})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings that differ from ours, and the source they are from."""
+
+    source: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    start: Callable[[Any, TrainConfig], Embedding] = from_word
+
+
+# What everyone else does: plain AdamW at a constant rate on templates, the last vectors kept.
+PLAIN = {
+    "optimizer": "adamw",
+    "schedule": "constant",
+    "context_vectors": 0,
+    "averaging": 0.0,
+    "patience": 0,
+}
+
+RECIPES = {
+    "ours": Recipe("the defaults"),
+    "diffusers": Recipe(
+        "examples/textual_inversion of diffusers, the README's command (5e-4 x batch 1 x accumulation 4)",
+        {**PLAIN, "learning_rate": 2e-3, "batch_size": 4, "steps": 3000, "flip_probability": 0.5},
+    ),
+    "original": Recipe(
+        "rinongal/textual_inversion, v1-finetune.yaml (5e-3 x batch 2 where one GPU scales it), early enough to stop",
+        {**PLAIN, "learning_rate": 5e-3, "batch_size": 2, "steps": 6100, "flip_probability": 0.5},
+    ),
+    "A1111": Recipe(
+        "the Train tab's defaults, of which users run a few thousand steps",
+        {**PLAIN, "learning_rate": 5e-3, "batch_size": 1, "steps": 3000, "weight_decay": 0.0},
+    ),
+    "cross initialization": Recipe(
+        "arXiv 2312.15905: 2 vectors, 320 steps of 8",
+        {**PLAIN, "learning_rate": 5e-3, "batch_size": 8, "steps": 320, "vectors": 2},
+        from_encoder,
+    ),
+    "directional": Recipe(
+        "arXiv 2512.13672 (ICLR 2026) and kunheek/dti: steps of .01 rad, 400 of 4; its pull is absolute, here left out",
+        {
+            **PLAIN,
+            "optimizer": "sphere",
+            "learning_rate": 1e-2,
+            "momentum": 0.0,
+            "editability": 0.0,
+            "batch_size": 4,
+            "steps": 400,
+        },
+    ),
+}
+
+# Ours with one piece changed: what is kept has to pay (docs/method.md).
+ABLATIONS: dict[str, Recipe] = {}

@@ -1,0 +1,83 @@
+"""What a text encoder knows already: where learning starts, and what a learned word comes close to."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .embedding import Embedding, resample
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of one text encoder."""
+
+    vectors: Tensor  # (tokens, width), the encoder's own table
+    tokens: Mapping[int, str] = field(repr=False)  # by number, as the tokenizer spells them
+    encode: Callable[[str], list[int]] = field(repr=False)  # a text to numbers, without start and end
+
+    def words(self) -> dict[int, str]:
+        """Tokens that are whole words of three or more plain letters."""
+        spelled = {number: word_of(token) for number, token in self.tokens.items()}
+        return {number: word for number, word in spelled.items() if word and number < len(self.vectors)}
+
+    def word_length(self) -> float:
+        """The usual length of a whole word's vector: the median."""
+        return self._rows(list(self.words())).norm(dim=1).median().item()
+
+    def nearest(self, vector: Tensor, count: int) -> list[tuple[str, float]]:
+        """The whole words whose vectors point most in the direction of ``vector`` (width,), with the cosines."""
+        words = self.words()
+        table = self._rows(list(words))
+        best = F.cosine_similarity(table, vector.to(table)[None]).topk(min(count, len(table)))
+        spelled = list(words.values())
+        return [(spelled[i], cosine) for i, cosine in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+    def falls(self, gradient: Tensor) -> dict[str, float]:
+        """How much a loss with ``gradient`` (width,) falls to first order towards each word, up to a constant."""
+        words = self.words()
+        table = self._rows(list(words))
+        return dict(zip(words.values(), (-table @ gradient.to(table)).tolist(), strict=True))
+
+    def _rows(self, numbers: list[int]) -> Tensor:
+        return self.vectors[torch.tensor(numbers, device=self.vectors.device)].float()
+
+
+def word_of(token: str) -> str:
+    """The word that a token spells: CLIP marks its end, T5 and the others its beginning. Else empty."""
+    word = ""
+    if token.endswith("</w>"):
+        word = token.removesuffix("</w>")
+    elif token[:1] in "\u2581\u0120":
+        word = token[1:]
+    return word if len(word) >= 3 and word.isascii() and word.isalpha() else ""
+
+
+def initial_embedding(
+    vocabularies: Mapping[str, Vocabulary], trigger: str, initializer: str, vectors: int
+) -> Embedding:
+    """Vectors to start from: those of the initializer's words, or the mean of the vocabulary.
+
+    As many words as vectors: one each. Fewer: repeated in turn. More: neighbours are averaged.
+
+    Raises:
+        UserError: the trigger is an ordinary word, or the initializer has no token.
+    """
+    start = {}
+    for key, vocabulary in vocabularies.items():
+        if len(vocabulary.encode(trigger)) == 1:
+            raise UserError(
+                f"{trigger!r} is a word the text encoder knows already and would lose: choose a new one, "
+                f"such as '{trigger}-x' or '<{trigger}>'."
+            )
+        rows = vocabulary.vectors.float().mean(0, keepdim=True)
+        if initializer:
+            ids = vocabulary.encode(initializer)
+            if not ids:
+                raise UserError(f"The initializer {initializer!r} holds no word: write one, or leave it empty.")
+            rows = vocabulary.vectors[ids].float()
+        start[key] = resample(rows.cpu(), vectors)
+    return Embedding(trigger, start)
