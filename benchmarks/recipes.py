@@ -1,26 +1,34 @@
 """How others learn a word, and how we do: settings of the one training loop, and where it starts from."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from in_process import import_pack
 
 import_pack()
 from ti_pack.textual_inversion import Embedding, TrainConfig, initial_embedding  # noqa: E402
+from ti_pack.textual_inversion.dataset import Dataset  # noqa: E402
+from ti_pack.textual_inversion.initializer import with_initializer  # noqa: E402
 
 
-def from_word(model, config: TrainConfig) -> Embedding:
+def from_word(model, dataset, config: TrainConfig) -> Embedding:
     """The token vectors of the initializer (Gal et al. 2022, arXiv 2208.01618)."""
     return initial_embedding(model.vocabularies(), config.trigger, config.initializer, config.vectors)
 
 
-def from_encoder(model, config: TrainConfig) -> Embedding:
+def from_encoder(model, dataset, config: TrainConfig) -> Embedding:
     """What a CLIP makes of the initializer, as vectors of its input (Pang et al. 2023, arXiv 2312.15905)."""
-    word = from_word(model, config)
+    word = from_word(model, dataset, config)
     (conditioning,) = model.encode_prompts([word.trigger], word)
     outputs = conditioning["cross_attn"][0, 1 : 1 + word.count]  # after the start token
     return Embedding(word.trigger, {key: outputs.clone() for key in word.vectors})
+
+
+def from_search(model, dataset, config: TrainConfig) -> Embedding:
+    """The word of the whole vocabulary that explains the pictures best, as with an empty initializer."""
+    found = with_initializer(model, dataset, replace(config, initializer=""))
+    return from_word(model, dataset, found)
 
 
 @dataclass(frozen=True)
@@ -29,13 +37,14 @@ class Recipe:
 
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    start: Callable[[Any, TrainConfig], Embedding] = from_word
+    start: Callable[[Any, Dataset, TrainConfig], Embedding] = from_word
 
 
 # What everyone else does: plain AdamW at a constant rate on templates, the last vectors kept.
 PLAIN = {
     "optimizer": "adamw",
     "schedule": "constant",
+    "momentum": 0.9,
     "context_vectors": 0,
     "averaging": 0.0,
     "patience": 0,
@@ -75,4 +84,14 @@ RECIPES = {
 }
 
 # Ours with one piece changed: what is kept has to pay (docs/method.md).
-ABLATIONS: dict[str, Recipe] = {}
+ABLATIONS = {
+    "no context words": Recipe("", {"context_vectors": 0}),
+    "two context vectors": Recipe("", {"context_vectors": 2}),
+    "adamw": Recipe("", {"optimizer": "adamw", "learning_rate": 2e-2, "momentum": 0.9}),
+    "constant rate": Recipe("", {"schedule": "constant"}),
+    "no averaging": Recipe("", {"averaging": 0.0}),
+    "all steps": Recipe("", {"patience": 0}),
+    "no pull": Recipe("", {"editability": 0.0}),
+    "pull 0.5": Recipe("", {"editability": 0.5}),
+    "searched initializer": Recipe("", {}, from_search),
+}

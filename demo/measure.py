@@ -56,12 +56,12 @@ class Bench:
             parts = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT), output_vae=True, output_clip=True)[:3]
         self.model, self._load_folder = ComfyModel(*parts), load_folder
 
-    def dataset(self, concept: Concept, part: str, config: Any):
+    def dataset(self, concept: Concept, part: str, config: Any, with_captions: bool = True):
         """``part`` is train or heldout."""
         from ti_pack.textual_inversion.dataset import make_dataset
 
         images, _, captions = self._load_folder(concept.folder / part, 0, False)
-        return make_dataset(self.model.encode_images, images, [], captions, config)
+        return make_dataset(self.model.encode_images, images, [], captions if with_captions else [], config)
 
     def heldout_loss(self, dataset, embedding, text: str, noise_levels: int = NOISE_LEVELS) -> float:
         """Loss of the captions with ``text`` in the place of the word. Call inside ``with model:``."""

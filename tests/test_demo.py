@@ -4,6 +4,8 @@ import json
 
 import pytest
 from measure import CONCEPTS, Bench, Concept, world_words
+from ti_pack.textual_inversion import TrainConfig, initial_embedding, train
+from ti_pack.textual_inversion.initializer import with_initializer
 
 FOLDERS = sorted(path.parent for path in CONCEPTS.glob("*/concept.json"))
 
@@ -19,6 +21,37 @@ def test_learned_word_beats_every_word_of_the_vocabulary(bench, name):
     row = bench.learn(Concept.read(name), world_words()[::4])
     assert row["learned"] < row["initializer"]
     assert row["learned"] < row["best word"]
+
+
+@pytest.mark.parametrize(("name", "share"), [("heart", 0.8), ("lagoon", 1.0)])
+def test_pictures_without_captions_need_context_words(bench, name, share):
+    """What each picture alone shows goes into its own throw-away word, or else into the word."""
+    concept, losses = Concept.read(name), {}
+    for context_vectors in (0, 1):
+        config = TrainConfig(
+            initializer=concept.initializer, kind=concept.kind, steps=80, context_vectors=context_vectors, patience=0
+        )
+        training = bench.dataset(concept, "train", config, with_captions=False)
+        heldout = bench.dataset(concept, "heldout", config)
+        assert [bool(context) for context in training.contexts] == [context_vectors > 0] * len(training.latents)
+        with bench.model as model:
+            start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, 1)
+            *_, last = train(model, start.trainable(), training, config)
+            losses[context_vectors] = bench.heldout_loss(heldout, last.best, config.trigger)
+    assert losses[1] < share * losses[0]
+
+
+def test_best_word_is_better_than_most(bench):
+    """Without an initializer learning starts at a word that fits, on pictures held out as well."""
+    concept = Concept.read("moon")
+    config = TrainConfig(kind=concept.kind)
+    training, heldout = bench.dataset(concept, "train", config), bench.dataset(concept, "heldout", config)
+    with bench.model as model:
+        found = with_initializer(model, training, config).initializer
+        assert found in model.vocabularies()["clip_l"].words().values()
+        word = initial_embedding(model.vocabularies(), config.trigger, found, 1)
+        others = sorted(bench.heldout_loss(heldout, word, text, 2) for text in world_words()[::4])
+        assert bench.heldout_loss(heldout, word, found, 2) < others[len(others) // 10]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -1,0 +1,106 @@
+"""How vectors move, what is kept of them, and when it ends."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ti_pack.textual_inversion import Embedding, TrainConfig, initial_embedding, train
+from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
+from ti_pack.textual_inversion.dataset import make_dataset
+from ti_pack.textual_inversion.optimizers import Sphere
+from ti_pack.textual_inversion.training import follow
+from ti_pack.textual_inversion.vocabulary import Vocabulary, word_of
+
+WIDTH = 48
+
+
+def turned(steps: int, scale: float = 1.0, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors (3, WIDTH) before and after steps on random gradients."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(3, WIDTH, generator=generator) * torch.tensor([[0.4], [1.0], [20.0]])
+    vectors = start.clone().requires_grad_()
+    optimizer = Sphere([vectors], **settings)
+    for _ in range(steps):
+        vectors.grad = scale * torch.randn(3, WIDTH, generator=generator)
+        optimizer.step()
+    return start, vectors.detach()
+
+
+def test_sphere_keeps_lengths():
+    start, vectors = turned(200, lr=0.3)
+    torch.testing.assert_close(vectors.norm(dim=1), start.norm(dim=1))
+    assert (F.cosine_similarity(vectors, start) < 0.9).all()
+
+
+def test_sphere_does_not_see_the_scale_of_the_loss():
+    plain, scaled = turned(20, lr=0.1)[1], turned(20, 1e-4, lr=0.1)[1]
+    torch.testing.assert_close(plain, scaled, rtol=1e-4, atol=1e-5)
+
+
+def test_sphere_step_is_riemannian_descent():
+    """One step of one vector without momentum, against the definition: along the geodesic's tangent, then back."""
+    generator = torch.Generator().manual_seed(1)
+    start, gradient = torch.randn(2, 1, WIDTH, generator=generator)
+    vectors = start.clone().requires_grad_()
+    vectors.grad = gradient.clone()
+    Sphere([vectors], lr=0.2, momentum=0.0).step()
+    direction = start / start.norm()
+    tangent = gradient - (gradient @ direction.T) * direction
+    expected = direction - 0.2 * tangent / tangent.norm()
+    torch.testing.assert_close(vectors.detach(), start.norm() * expected / expected.norm())
+    angle = torch.arccos(F.cosine_similarity(vectors.detach(), start))
+    assert angle.item() == pytest.approx(torch.arctan(torch.tensor(0.2)).item(), rel=1e-4)
+
+
+def test_sphere_pulls_towards_the_start():
+    loose, pulled = (F.cosine_similarity(*turned(100, lr=0.1, pull=pull)[::-1]) for pull in (0.0, 0.5))
+    assert (pulled > loose + 0.1).all()
+
+
+def test_vectors_without_gradient_stay():
+    vectors = torch.randn(1, WIDTH).requires_grad_()
+    before = vectors.detach().clone()
+    Sphere([vectors], lr=0.3).step()
+    assert torch.equal(vectors.detach(), before)
+
+
+def test_running_mean_of_directions_keeps_the_length():
+    word = Embedding("S*", {"clip_l": torch.eye(4)[:1] * 3})
+    mean = word.snapshot()
+    word.vectors["clip_l"] = torch.eye(4)[1:2] * 3
+    follow([mean], [word], 0.5, keep_length=True)
+    torch.testing.assert_close(mean.vectors["clip_l"], torch.tensor([[3 / 2**0.5, 3 / 2**0.5, 0, 0]]))
+    follow([mean], [word], 0.0, keep_length=False)
+    torch.testing.assert_close(mean.vectors["clip_l"], word.vectors["clip_l"])
+
+
+@pytest.mark.parametrize(("patience", "last"), [(2, 4), (0, 12)])
+def test_ends_when_the_loss_falls_no_more(graph, pictures, patience, last):
+    """So small a step that no measurement falls by 1%."""
+    config = TrainConfig(steps=12, learning_rate=1e-6, evaluate_every=2, patience=patience, batch_size=1)
+    model = ComfyModel(*graph)
+    dataset = make_dataset(model.encode_images, pictures(1), [], [], config)
+    with model:
+        start = initial_embedding(model.vocabularies(), "S*", "toy", 1)
+        assert [step.number for step in train(model, start.trainable(), dataset, config)] == list(range(last + 1))
+
+
+# The vocabulary ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "word"),
+    [("cat</w>", "cat"), ("cat", ""), ("\u2581cat", "cat"), ("\u0120cat", "cat"), ("at</w>", ""), ("!!!</w>", "")],
+)
+def test_whole_words(token, word):
+    assert word_of(token) == word
+
+
+def test_nearest_words_and_falls():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(4, WIDTH, generator=generator)
+    known = Vocabulary(table, {0: "cat</w>", 1: "dog</w>", 2: "tree</w>", 3: "##"}, lambda _text: [0])
+    (first, cosine), *_ = known.nearest(table[1] + 0.01 * table[2], 2)
+    assert (first, len(known.nearest(table[1], 9))) == ("dog", 3)
+    assert cosine == pytest.approx(1, abs=1e-3)
+    falls = known.falls(-table[2])
+    assert max(falls, key=lambda word: falls[word]) == "tree"
