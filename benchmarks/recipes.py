@@ -1,4 +1,6 @@
 """How others learn a word, and how we do: settings of the one training loop, and where it starts from."""
+# pyright: reportMissingImports=false
+# (demo/ and the pack come onto the path at run time)
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -40,7 +42,8 @@ class Recipe:
     start: Callable[[Any, Dataset, TrainConfig], Embedding] = from_word
 
 
-# What everyone else does: plain AdamW at a constant rate on templates, the last vectors kept.
+# What everyone else does: plain AdamW at a constant rate on templates, the last vectors kept, and
+# no measurements on the way, which would be on their clock.
 PLAIN = {
     "optimizer": "adamw",
     "schedule": "constant",
@@ -48,6 +51,7 @@ PLAIN = {
     "context_vectors": 0,
     "averaging": 0.0,
     "patience": 0,
+    "evaluate_every": 10_000,
 }
 
 RECIPES = {

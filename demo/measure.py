@@ -26,7 +26,7 @@ RESULTS = ROOT / "demo/results.json"
 
 @dataclass(frozen=True)
 class Concept:
-    """A folder of demo/concepts: something the model has never seen."""
+    """A folder with train/ and heldout/: something the model has never seen."""
 
     folder: Path
     kind: str
@@ -36,14 +36,16 @@ class Concept:
 
     @classmethod
     def read(cls, name: str) -> "Concept":
-        about = json.loads((CONCEPTS / name / "concept.json").read_text())
-        return cls(CONCEPTS / name, about["kind"], about["initializer"], about["description"])
+        """A name in demo/concepts, or a folder anywhere."""
+        folder = Path(name) if Path(name).is_dir() else CONCEPTS / name
+        about = json.loads((folder / "concept.json").read_text())
+        return cls(folder, about["kind"], about["initializer"], about.get("description", ""))
 
 
 class Bench:
     """The demo model in this process, and losses of texts and words on a concept's held-out pictures."""
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoint: Path = CHECKPOINT) -> None:
         import_pack()
         self._base = tempfile.TemporaryDirectory(prefix="comfyui-")
         import_comfyui(Path(self._base.name))
@@ -53,7 +55,7 @@ class Bench:
 
         import_folder("textual_inversion_demo_model", ROOT / "demo/comfyui_pack")
         with torch.inference_mode():
-            parts = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT), output_vae=True, output_clip=True)[:3]
+            parts = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_vae=True, output_clip=True)[:3]
         self.model, self._load_folder = ComfyModel(*parts), load_folder
 
     def dataset(self, concept: Concept, part: str, config: Any, with_captions: bool = True):

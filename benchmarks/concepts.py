@@ -1,0 +1,237 @@
+"""Recipes against each other: what a word learned from pictures without captions is worth.
+
+    python benchmarks/concepts.py                                  every recipe, 8 concepts, 3 seeds
+    python benchmarks/concepts.py --recipes ours diffusers --seeds 0 --concepts heart ember
+    python benchmarks/concepts.py --report                         only the tables, plot and sheets
+    python benchmarks/concepts.py --model my.safetensors --concepts my/cat my/dog
+
+Every finished cell (recipe, concept, seed) is a file, so that a run can be stopped and goes on later,
+and several can share the work. A concept of one's own is a folder with train/, heldout/ (pictures with
+NAME.txt, {} for the word) and concept.json ({"kind": "object", "initializer": "cat"}).
+
+identity   1 - L(word) / L(class): the share of the initializer's held-out loss that the word takes away,
+           on 8 pictures it has not seen, with their true captions and the same noise for all
+obeys      demo model only: share of the backgrounds, hats or shapes asked for in unseen prompts that a
+           judge network finds in the samples (demo/judge.py)
+looks      the same for the concept's own shape, colours, pattern, eyes and ears
+drift      1 - cosine of the text encoder's outputs for unseen prompts with the word and with its class
+leak       L(word) of held-out minus of training pictures
+"""
+# pyright: reportMissingImports=false
+# (demo/ and the pack come onto the path at run time)
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "demo"))
+
+from measure import CONCEPTS, Bench, Concept  # noqa: E402
+from recipes import ABLATIONS, RECIPES, Recipe  # noqa: E402
+
+OUT = ROOT / "benchmarks/results/concepts"
+DEFAULT_CONCEPTS = ("circle", "diamond", "flower", "heart", "moon", "star", "ember", "lagoon")
+BANDS = 3  # thirds of the noise schedule, from low to high noise
+DRAWS, CURVE_DRAWS = 12, 3  # noise levels per held-out picture, at the end and along the curve
+CURVE = (0, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 800, 1000, 1500, 2000, 3000, 4000, 5000, 6100)
+SAMPLING = {"steps": 25, "cfg": 4.0}
+
+# Nothing of this is in the training pictures' captions. {} is the word.
+ASKED: dict[str, dict[str, dict[str, object]]] = {
+    "object": {
+        "a photo of {} in the snow": {"background": "snow"},
+        "a photo of {} at night": {"background": "night"},
+        "a photo of {} on the beach": {"background": "beach"},
+        "a photo of {} in the desert": {"background": "desert"},
+        "a photo of {} on a yellow background": {"background": "yellow"},
+        "a photo of {} on a pink background": {"background": "pink"},
+        "a photo of {} wearing a crown on a blue background": {"background": "blue", "hat": "crown"},
+        "a photo of {} wearing a hat in the sea": {"background": "sea", "hat": "hat"},
+        "a photo of {} wearing a crown on a green background": {"background": "green", "hat": "crown"},
+        "a photo of {} wearing a hat on an orange background": {"background": "orange", "hat": "hat"},
+    },
+    "style": {
+        f"a picture of a {colour} {shape} {where} in the style of {{}}": {"shape": shape, "hat": hat}
+        for colour, shape, where, hat in (
+            ("red", "heart", "on grass", "none"),
+            ("blue", "star", "wearing a crown", "crown"),
+            ("yellow", "moon", "in the snow", "none"),
+            ("green", "flower", "wearing a hat", "hat"),
+            ("pink", "mushroom", "at night", "none"),
+            ("orange", "cross", "wearing a crown", "crown"),
+            ("white", "drop", "in the sea", "none"),
+            ("brown", "triangle", "wearing a hat", "hat"),
+        )
+    },
+}
+SHOWN = slice(0, 10, 2)  # of these prompts, on the contact sheets
+
+
+class Cell:
+    """One recipe on one concept with one seed."""
+
+    def __init__(self, bench: Bench, name: str, recipe: Recipe, concept: Concept, seed: int, captions: bool) -> None:
+        from ti_pack.textual_inversion import TrainConfig
+
+        base = {"initializer": concept.initializer, "kind": concept.kind, "seed": seed}
+        self.config = TrainConfig(**base, **recipe.settings)
+        self.bench, self.recipe, self.concept = bench, recipe, concept
+        self.about = {"recipe": name, "concept": concept.folder.name, "kind": concept.kind, "seed": seed}
+        self.about |= {"captions": captions, "settings": asdict(self.config)}
+        self.training = bench.dataset(concept, "train", self.config, captions)
+        plain = replace(self.config, context_vectors=0)
+        self.seen, self.heldout = (bench.dataset(concept, part, plain) for part in ("train", "heldout"))
+
+    def run(self) -> tuple[dict[str, Any], Any, Tensor | None]:
+        """Measurements, the learned word, and pictures (P, H, W, 3) of the prompts to show."""
+        from ti_pack.textual_inversion import initial_embedding, train
+
+        curve, seconds, started = [], 0.0, time.perf_counter()
+        with self.bench.model as model:
+            with torch.no_grad():
+                known = model.vocabularies(), self.config.trigger, self.concept.initializer
+                class_word = initial_embedding(*known, self.config.vectors)
+            embedding = self.recipe.start(model, self.training, self.config).trainable()
+            for step in train(model, embedding, self.training, self.config):
+                # What the tool hands out: the last vectors, or ours, chosen on fixed noise.
+                keeps_best = self.config.evaluate_every < self.config.steps
+                word = step.best if keeps_best else embedding.snapshot()
+                if step.number in CURVE or step.number == self.config.steps:
+                    seconds += time.perf_counter() - started
+                    images = step.number * self.config.batch_size * self.config.accumulation
+                    curve.append([images, round(seconds, 2), self.loss(self.heldout, word, CURVE_DRAWS)])
+                    started = time.perf_counter()
+            class_losses, losses = (self.losses(self.heldout, w, DRAWS) for w in (class_word, word))
+            result = self.about | {
+                "curve": curve,
+                "stopped": step.number,
+                "kept": step.best_number if keeps_best else step.number,
+                "identity": 1 - sum(losses) / sum(class_losses),
+                "bands": [1 - ours / theirs for ours, theirs in zip(losses, class_losses, strict=True)],
+                "leak": sum(losses) / BANDS - self.loss(self.seen, word, DRAWS),
+                "norm_ratio": _length(word) / _length(class_word),
+                "drift": self.drift(class_word, word),
+                "class_loss": self.loss(self.heldout, class_word, CURVE_DRAWS),
+            }
+        found, pictures = self.look(word)
+        return result | found, word, pictures
+
+    def loss(self, dataset, word, draws: int) -> float:
+        return sum(self.losses(dataset, word, draws)) / BANDS
+
+    def losses(self, dataset, word, draws: int) -> list[float]:
+        """By band of noise, on the same noise for every word."""
+        from ti_pack.textual_inversion.dataset import fixed_batches
+        from ti_pack.textual_inversion.objective import mean_loss
+
+        batches = fixed_batches(dataset, replace(self.config, batch_size=32, flip_probability=0.0), draws)
+        banded = [
+            [_rows(batch, (batch.quantiles * BANDS).long() == band) for batch in batches] for band in range(BANDS)
+        ]
+        return [mean_loss(self.bench.model, [word], [b for b in rows if b.prompts]) for rows in banded]
+
+    def drift(self, class_word, word) -> float:
+        from ti_pack.textual_inversion.report import drift
+
+        return drift(self.bench.model, class_word, word)
+
+    def look(self, word) -> tuple[dict[str, Any], Tensor | None]:
+        """How often samples show what was asked for, and what the concept is."""
+        if self.concept.folder.parent != CONCEPTS:
+            return {}, None
+        return samples_of(self.bench, self.concept, word, self.heldout.latents[0].shape)
+
+
+def samples_of(bench: Bench, concept: Concept, word, shape) -> tuple[dict[str, Any], Tensor]:
+    from judge import load_judge
+    from ti_pack.textual_inversion.prompts import place_word
+
+    asked = ASKED[concept.kind]
+    prompts = [place_word(prompt, word.trigger) for prompt in asked]
+    pictures = torch.cat([bench.model.generate(text, word, shape, n, **SAMPLING) for n, text in enumerate(prompts)])
+    read = load_judge().describe(pictures.movedim(-1, 1))
+    identity = json.loads((concept.folder / "concept.json").read_text())["identity"]
+    own = {name.replace("_", " "): value for name, value in identity.items()}
+    own = own if concept.kind == "object" else {"style": "some"}
+    obeyed = [
+        seen[name] == value for seen, wish in zip(read, asked.values(), strict=True) for name, value in wish.items()
+    ]
+    looked = [seen[name] == value for seen in read for name, value in own.items()]
+    return {"obeys": sum(obeyed) / len(obeyed), "looks": sum(looked) / len(looked)}, pictures[SHOWN]
+
+
+def _rows(batch, chosen: Tensor):
+    prompts = [prompt for prompt, keep in zip(batch.prompts, chosen.tolist(), strict=True) if keep]
+    return replace(
+        batch,
+        latents=batch.latents[chosen],
+        noise=batch.noise[chosen],
+        quantiles=batch.quantiles[chosen],
+        prompts=prompts,
+    )
+
+
+def _length(word) -> float:
+    return torch.cat([vectors.norm(dim=1) for vectors in word.vectors.values()]).mean().item()
+
+
+def cells(args: argparse.Namespace, recipes: dict[str, Recipe]) -> Iterator[tuple[str, str, int]]:
+    """The cheap recipes and the first seed first, so that a stopped run has something of all."""
+    for seed in args.seeds:
+        for name in args.recipes or sorted(recipes, key=lambda name: recipes[name].settings.get("steps", 0)):
+            yield from ((name, concept, seed) for concept in args.concepts)
+
+
+def main() -> None:
+    recipes = RECIPES | ABLATIONS
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", choices=recipes, help="default: all")
+    parser.add_argument("--concepts", nargs="+", default=DEFAULT_CONCEPTS, help="names of demo/concepts, or folders")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--captions", action="store_true", help="use the captions of the training pictures")
+    parser.add_argument("--model", type=Path, help="a checkpoint instead of the demo model")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--report", action="store_true", help="learn nothing: only write tables, plot and sheets")
+    args = parser.parse_args()
+    (args.out / "cells").mkdir(parents=True, exist_ok=True)
+    if not args.report:
+        bench = Bench(args.model) if args.model else Bench()
+        for name, concept, seed in cells(args, recipes):
+            learn(bench, args, name, recipes[name], Concept.read(concept), seed)
+    from concepts_report import write_report
+
+    write_report(args.out)
+
+
+def learn(bench: Bench, args: argparse.Namespace, name: str, recipe: Recipe, concept: Concept, seed: int) -> None:
+    """Runs a cell unless its file is there, made with the same settings."""
+    from ti_pack.textual_inversion import formats
+    from ti_pack.textual_inversion.pictures import to_pillow
+
+    name += " + captions" if args.captions else ""
+    cell = Cell(bench, name, recipe, concept, seed, args.captions)
+    path = args.out / "cells" / f"{name.replace(' ', '-')}--{concept.folder.name}--{seed}.json"
+    if path.exists() and json.loads(path.read_text())["settings"] == cell.about["settings"]:
+        return
+    result, word, pictures = cell.run()
+    if pictures is not None and seed == 0:
+        to_pillow(torch.cat(list(pictures), dim=1)).save(path.with_suffix(".jpg"), quality=90)
+    formats.write(word, path.with_suffix(".safetensors"))
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n")
+    partial.replace(path)
+    obeys = f"obeys {result['obeys']:.0%} looks {result['looks']:.0%}" if "obeys" in result else ""
+    print(f"{path.stem}: identity {result['identity']:.3f} drift {result['drift']:.3f} {obeys}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Tables, plot and contact sheets from the cells that concepts.py has measured."""
+# pyright: reportMissingImports=false
+# (demo/ comes onto the path at run time)
+
+import json
+import platform
+import statistics
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from recipes import ABLATIONS
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+Cells = list[dict[str, Any]]
+MEASURES = ("identity", "looks", "obeys", "drift", "norm_ratio", "leak")
+OURS = "ours"
+SIDE = 96  # pixels of a picture on a contact sheet
+
+
+def write_report(out: Path) -> None:
+    """``report.md``, ``report.json``, ``identity.png`` and one sheet a concept, from ``out/cells``."""
+    cells: Cells = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
+    recipes: dict[str, Cells] = {}
+    for cell in cells:
+        cell["95%"] = to_95_percent(cell)
+        recipes.setdefault(cell["recipe"], []).append(cell)
+    ordered = sorted(recipes, key=lambda name: (name != OURS, name in ABLATIONS, -mean(recipes[name], "identity")))
+    recipes = {name: recipes[name] for name in ordered}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s) of the CPU a run"
+    summary = {name: {key: mean(rows, key) for key in (*MEASURES, "95%", "seconds")} for name, rows in recipes.items()}
+    about = {"date": date.today().isoformat(), "machine": machine, **versions, "cells": len(cells), "recipes": summary}
+    (out / "report.json").write_text(json.dumps(about, indent=1) + "\n")
+    text = [f"# Recipes on the demo model\n\n{about['date']}, {machine}, torch {torch.__version__}.\n", table(recipes)]
+    text.append(paired(recipes))
+    (out / "report.md").write_text("\n".join(text))
+    plot({name: rows for name, rows in recipes.items() if name not in ABLATIONS}, out / "identity.png")
+    for concept in sorted({cell["concept"] for cell in cells}):
+        sheet(concept, [name for name in recipes if name not in ABLATIONS], out)
+
+
+def to_95_percent(cell: dict[str, Any]) -> float | None:
+    """Pictures seen until identity is 95% of its last value, interpolated; None where nothing was learned."""
+    images, seconds, losses = (np.array(column, float) for column in zip(*cell["curve"], strict=True))
+    cell["seconds"] = float(seconds[-1])
+    gains = cell["class_loss"] - losses
+    if gains[-1] <= 0:
+        return None
+    reached = int(np.argmax(gains >= 0.95 * gains[-1]))
+    if reached == 0:
+        return float(images[0])
+    before, after = gains[reached - 1], gains[reached]
+    share = (0.95 * gains[-1] - before) / (after - before)
+    return float(images[reached - 1] + share * (images[reached] - images[reached - 1]))
+
+
+def values(rows: Cells, key: str) -> list[float]:
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def mean(rows: Cells, key: str) -> float | None:
+    found = values(rows, key)
+    return statistics.mean(found) if found else None
+
+
+def table(recipes: dict[str, Cells]) -> str:
+    lines = [
+        "Means over concepts and seeds; in brackets the spread (standard deviation) over the cells. Pictures have no",
+        "captions unless the recipe says so. What the columns mean is in `benchmarks/concepts.py`.\n",
+        "| recipe | cells | identity | low, middle, high noise | looks | obeys | drift | length | leak | seen | seconds "
+        "| seen to 95% |",
+        "|" + "---|" * 12,
+    ]
+    for name, rows in recipes.items():
+        bands = ", ".join(f"{np.mean([row['bands'][band] for row in rows]):.2f}" for band in range(3))
+        seen = statistics.mean(row["curve"][-1][0] for row in rows)
+        never = sum(row["95%"] is None for row in rows)
+        reach = f"{statistics.median(values(rows, '95%')):.0f}" if never < len(rows) else "-"
+        reach += f" ({never} never)" if never else ""
+        spread = np.std(values(rows, "identity"))
+        shares = " | ".join(f"{mean(rows, key):.0%}" if values(rows, key) else "-" for key in ("looks", "obeys"))
+        numbers = f"{mean(rows, 'drift'):.3f} | {mean(rows, 'norm_ratio'):.2f} | {mean(rows, 'leak'):.4f}"
+        lines.append(
+            f"| {name} | {len(rows)} | {mean(rows, 'identity'):.3f} ({spread:.3f}) | {bands} | {shares} | {numbers} "
+            f"| {seen:.0f} | {mean(rows, 'seconds'):.1f} | {reach} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def paired(recipes: dict[str, Cells]) -> str:
+    """Ours minus each other recipe on the same concept and seed, with t intervals over these pairs."""
+    lines = [
+        "## Ours minus the others, pair by pair\n",
+        "Same concept, seed, held-out pictures and noise; mean and 95% interval (t, over pairs). More is better for",
+        "identity, looks and obeys, less for drift.\n",
+        "| recipe | pairs | identity | looks | obeys | drift |",
+        "|---|---|---|---|---|---|",
+    ]
+    ours = {(row["concept"], row["seed"]): row for row in recipes.get(OURS, [])}
+    for name, rows in recipes.items():
+        pairs = [(ours[key], row) for row in rows if (key := (row["concept"], row["seed"])) in ours]
+        if name != OURS and pairs:
+            columns = " | ".join(interval(pairs, key) for key in ("identity", "looks", "obeys", "drift"))
+            lines.append(f"| {name} | {len(pairs)} | {columns} |")
+    return "\n".join(lines) + "\n"
+
+
+def interval(pairs: list[tuple[dict, dict]], key: str) -> str:
+    differences = [a[key] - b[key] for a, b in pairs if key in a and key in b]
+    if len(differences) < 2:
+        return "-"
+    # Student's t at 97.5%, by degrees of freedom; between them the next lower one, which is wider.
+    quantiles = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 10: 2.23, 15: 2.13, 23: 2.07}
+    t = quantiles[max(freedom for freedom in quantiles if freedom < len(differences))]
+    half = t * statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{statistics.mean(differences):+.3f} ± {half:.3f}"
+
+
+def plot(recipes: dict[str, Cells], path: Path) -> None:
+    """Identity against pictures seen: mean over the cells, and the middle half of them as a band."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), dpi=120)
+    for name, rows in recipes.items():
+        grid = np.geomspace(20, max(row["curve"][-1][0] for row in rows), 60)
+        curves = [
+            np.interp(grid, *np.array([(seen, 1 - loss / row["class_loss"]) for seen, _, loss in row["curve"]]).T)
+            for row in rows
+        ]
+        (line,) = axes.plot(grid, np.mean(curves, 0), label=name, linewidth=2.5 if name == OURS else 1.5)
+        axes.fill_between(grid, *np.quantile(curves, (0.25, 0.75), 0), color=line.get_color(), alpha=0.12, linewidth=0)
+    axes.set_xscale("log")
+    axes.set(xlabel="pictures seen (steps x batch)", ylabel="identity: share of the class word's held-out loss removed")
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set_ylim(bottom=-0.4)
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def sheet(concept: str, recipes: list[str], out: Path) -> None:
+    """One row a recipe: samples of unseen prompts with the word of seed 0."""
+    strips = {name: out / "cells" / f"{name.replace(' ', '-')}--{concept}--0.jpg" for name in recipes}
+    rows = {name: Image.open(path) for name, path in strips.items() if path.exists()}
+    if not rows:
+        return
+    widest = max(strip.width * SIDE // strip.height for strip in rows.values())
+    page = Image.new("RGB", (140 + widest, SIDE * len(rows)), "white")
+    for number, (name, strip) in enumerate(rows.items()):
+        page.paste(
+            strip.resize((strip.width * SIDE // strip.height, SIDE), Image.Resampling.BICUBIC), (140, number * SIDE)
+        )
+        ImageDraw.Draw(page).text((4, number * SIDE + SIDE // 2 - 6), name, fill="black")
+    page.save(out / f"sheet-{concept}.jpg", quality=85)
