@@ -31,7 +31,8 @@ def write_report(out: Path) -> None:
     for cell in cells:
         cell["95%"] = to_95_percent(cell)
         recipes.setdefault(cell["recipe"], []).append(cell)
-    ordered = sorted(recipes, key=lambda name: (name != OURS, name in ABLATIONS, -mean(recipes[name], "identity")))
+    identity = {name: mean(rows, "identity") or 0.0 for name, rows in recipes.items()}
+    ordered = sorted(recipes, key=lambda name: (name != OURS, name in ABLATIONS, -identity[name]))
     recipes = {name: recipes[name] for name in ordered}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s) of the CPU a run"
@@ -74,8 +75,8 @@ def table(recipes: dict[str, Cells]) -> str:
     lines = [
         "Means over concepts and seeds; in brackets the spread (standard deviation) over the cells. Pictures have no",
         "captions unless the recipe says so. What the columns mean is in `benchmarks/concepts.py`.\n",
-        "| recipe | cells | identity | low, middle, high noise | looks | obeys | drift | length | leak | seen | seconds "
-        "| seen to 95% |",
+        "| recipe | cells | identity | low, middle, high noise | looks | obeys | drift | length | leak "
+        "| seen | seconds | seen to 95% |",
         "|" + "---|" * 12,
     ]
     for name, rows in recipes.items():
