@@ -136,7 +136,7 @@ def plot(recipes: dict[str, Cells], path: Path) -> None:
         (line,) = axes.plot(grid, np.mean(curves, 0), label=name, linewidth=2.5 if name == OURS else 1.5)
         axes.fill_between(grid, *np.quantile(curves, (0.25, 0.75), 0), color=line.get_color(), alpha=0.12, linewidth=0)
     axes.set_xscale("log")
-    axes.set(xlabel="pictures seen (steps x batch)", ylabel="identity: share of the class word's held-out loss removed")
+    axes.set(xlabel="pictures seen (steps x batch)", ylabel="identity: held-out loss removed")
     axes.axhline(0, color="gray", linewidth=0.8)
     axes.set_ylim(bottom=-0.4)
     axes.legend(fontsize=8)
