@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up what they need: a virtual environment in .venv and a real
-# ComfyUI in .comfyui (COMFYUI_PATH=... uses yours).  Needs Python 3.10 or newer with pip.
+# ComfyUI in .comfyui (COMFYUI_PATH=... uses yours) and a Chromium.  Needs Python 3.10 or newer with pip.
 
 PYTHON3 ?= python3
 PYTHON := .venv/bin/python
@@ -10,6 +10,7 @@ export PYTHONUNBUFFERED := 1
 
 setup: .venv/.ready
 	@$(PYTHON) demo/get_comfyui.py
+	@$(PYTHON) demo/get_browser.py
 
 .venv/.ready: requirements-dev.txt
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from comfyui_server import ComfyServer
+from get_browser import browser_path
 from in_process import ROOT, import_comfyui, import_folder, import_pack
 from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
 
 _base = tempfile.TemporaryDirectory(prefix="comfyui-tests-")
 TEST_PACK = ROOT / "tests/comfyui_pack"
@@ -105,3 +107,13 @@ def server(checkpoints) -> Iterator[ComfyServer]:
             pixels = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{number}.png")
         yield running
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """A headless Chromium that asks nobody but this machine."""
+    with sync_playwright() as playwright:
+        quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        browser = playwright.chromium.launch(executable_path=browser_path(), args=quiet)
+        yield browser
+        browser.close()
