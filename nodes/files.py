@@ -33,6 +33,16 @@ def temporary_folder() -> Path:
     return Path(folder_paths.get_temp_directory()) / "textual_inversion"
 
 
+def states_folder() -> Path:
+    """Unfinished runs: kept over restarts, out of the reach of ComfyUI's web server."""
+    return Path(folder_paths.get_system_user_directory("textual_inversion"))
+
+
+def workflow_id(extra_pnginfo: dict | None) -> str:
+    """The front end's id of the workflow; empty where the graph did not come from there."""
+    return (extra_pnginfo or {}).get("workflow", {}).get("id") or ""
+
+
 def base_model(prompt: dict | None, node_id: str | None) -> str:
     """File name of the model a node trains on: the nearest loader upstream of its MODEL."""
     while prompt and node_id in prompt:

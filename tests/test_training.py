@@ -1,5 +1,7 @@
 """The training loop on ComfyUI's own SD1 and SDXL classes at small width."""
 
+import pickle
+
 import comfy.model_management
 import psutil
 import pytest
@@ -13,10 +15,11 @@ from ti_pack.textual_inversion.dataset import (
     training_batches,
 )
 from ti_pack.textual_inversion.objective import batch_loss, denoising_loss
+from ti_pack.textual_inversion.state import load_state, save_state
 from ti_test_pack import weights_hash
 
 
-def learn(graph, images, config, captions=(), masks=(), on_step=lambda step: None):
+def learn(graph, images, config, captions=(), masks=(), on_step=lambda step: None, saved=None):
     model = ComfyModel(*graph, config.gradient_checkpointing)
     dataset = make_dataset(model.encode_images, images, masks, captions, config)
     with model:
@@ -24,7 +27,7 @@ def learn(graph, images, config, captions=(), masks=(), on_step=lambda step: Non
             model.vocabularies(), config.trigger, config.initializer, config.vectors
         ).trainable()
         steps = []
-        for step in train(model, embedding, dataset, config):
+        for step in train(model, embedding, dataset, config, saved):
             steps.append(step)
             on_step(step)
     return steps, embedding.snapshot()
@@ -258,3 +261,39 @@ def test_lora_on_the_graph_is_part_of_the_model(graph, pictures):
     again, _ = learn(graph, pictures(1), config)
     assert with_lora[0].fixed_loss != plain[0].fixed_loss
     assert again[0].fixed_loss == plain[0].fixed_loss
+
+
+@pytest.mark.parametrize(("optimizer", "stopped"), [("sphere", 1), ("sphere", 5), ("adamw", 4)])
+def test_saved_training_goes_on_bit_for_bit(graph, pictures, tmp_path, optimizer, stopped):
+    settings = {"evaluate_every": 2, "patience": 0, "accumulation": 2, "flip_probability": 0.5}
+    config = TrainConfig(optimizer=optimizer, steps=8, **settings)
+
+    def save(step):
+        if step.number == stopped:
+            save_state(tmp_path / "run.state", step.state.to_dict())
+
+    steps, whole = learn(graph, pictures(3), config, on_step=save)
+    later, resumed = learn(graph, pictures(3), config, saved=load_state(tmp_path / "run.state"))
+    assert [step.number for step in later] == list(range(stopped, 9))
+    assert [step.loss for step in later] == [step.loss for step in steps[stopped:]]
+    assert (later[-1].best_number, later[-1].best_loss) == (steps[-1].best_number, steps[-1].best_loss)
+    for key, vectors in whole.vectors.items():
+        assert torch.equal(vectors, resumed.vectors[key])
+        assert torch.equal(steps[-1].best.vectors[key], later[-1].best.vectors[key])
+
+
+def test_state_of_another_model_is_left_alone(graph, pictures):
+    config = TrainConfig(steps=2)
+    steps, _ = learn(graph, pictures(1), config)
+    saved = steps[-1].state.to_dict() | {"loss_before": steps[0].loss * 1.01}
+    again, _ = learn(graph, pictures(1), config, saved=saved)
+    assert again[0].number == 0
+
+
+def test_damaged_state_is_no_state(tmp_path):
+    path = tmp_path / "run.state"
+    save_state(path, {"training": {"number": 3, "words": [torch.zeros(2)]}})
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"not a state", pickle.dumps(print)):
+        path.write_bytes(content)
+        assert load_state(path) is None

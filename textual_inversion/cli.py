@@ -92,7 +92,7 @@ def train_command(
     start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, config.vectors)
 
     steps = train(model, start.trainable(), dataset, config)
-    first = step = next(steps)
+    step = next(steps)
     ended = ""
     with tqdm(total=config.steps, unit="step", desc=config.trigger) as bar:
         try:
@@ -105,7 +105,7 @@ def train_command(
             ended = f"Interrupted at step {step.number}."
     for path in formats.write(_learned(step, config, pipeline), target, format):
         print(path)
-    _say(f"{report(model, dataset, config, start, first.best_loss, step, ended)}")
+    _say(f"{report(model, dataset, config, start, step, repr(config.initializer), ended)}")
     if ended.startswith("Interrupted"):
         sys.exit(INTERRUPTED)
 

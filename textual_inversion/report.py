@@ -20,24 +20,24 @@ def report(
     dataset: Dataset,
     config: TrainConfig,
     start: Embedding,
-    loss_before: float,
     last: Step,
+    origin: str,
     ended: str = "",
 ) -> str:
     """Text for people about ``last.best``, learned from ``start``. Call inside ``with model:``.
 
-    ``ended`` is why training ended before its time, where the caller knows.
+    ``origin`` is what people call ``start``; ``ended`` why training ended before its time, where
+    the caller knows.
     """
-    word = last.best
+    word, loss_before = last.best, last.state.loss_before
     if last.number < config.steps and not ended:
         ended = f"It ended by itself, since the loss falls no more ({config.patience} measurements)."
     lines = [
-        f"{config.trigger}: {word.describe()}, learned from {len(dataset.latents)} pictures, "
-        f"starting at {config.initializer!r}.",
+        f"{config.trigger}: {word.describe()}, learned from {len(dataset.latents)} pictures, starting at {origin}.",
         f"{last.number} steps of {config.batch_size * config.accumulation}. {ended}",
         f"Loss on fixed noise: {loss_before:.4f} before, {last.best_loss:.4f} at step {last.best_number}, "
-        f"which is kept: {1 - last.best_loss / loss_before:.0%} less than with {config.initializer!r}.",
-        f"Unseen prompts read {1 - drift(model, start, word):.0%} like the same prompts with {config.initializer!r}.",
+        f"which is kept: {1 - last.best_loss / loss_before:.0%} less than with {origin}.",
+        f"Unseen prompts read {1 - drift(model, start, word):.0%} like the same prompts with {origin}.",
     ]
     for key, vocabulary in model.vocabularies().items():
         vectors = word.vectors[key]

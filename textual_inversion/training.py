@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from .adapters.protocol import DiffusionModel
 from .config import TrainConfig
@@ -15,6 +15,7 @@ from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
 from .objective import batch_loss, mean_loss
 from .optimizers import make_optimizer
+from .state import TrainState
 from .vocabulary import Vocabulary
 
 # Share by which the loss on fixed noise must fall to count: less is beneath what held-out pictures show.
@@ -23,7 +24,7 @@ PROGRESS = 0.01
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did. Step 0 is the state before the first."""
+    """What one optimizer step did. The first one is the state before: of step 0, or of a saved one."""
 
     number: int
     loss: float
@@ -35,14 +36,26 @@ class Step:
     """The vectors with the lowest fixed loss so far."""
     best_number: int
     best_loss: float
+    state: TrainState
+    """All that is needed to go on from here. It changes with the next step."""
 
 
-def train(model: DiffusionModel, embedding: Embedding, dataset: Dataset, config: TrainConfig) -> Iterator[Step]:
+def train(
+    model: DiffusionModel,
+    embedding: Embedding,
+    dataset: Dataset,
+    config: TrainConfig,
+    saved: dict[str, Any] | None = None,
+) -> Iterator[Step]:
     """Learns v* = argmin E ||eps - eps_theta(z_t, t, c_theta(y))||^2 (arXiv 2208.01618, equation 2).
 
     Yields after every optimizer step and changes ``embedding`` (see ``Embedding.trainable``) in
     place; the model stays as it is. The caller decides what to show, keep and when to stop; by
     itself it ends after ``config.steps``, or when ``config.patience`` measurements brought no progress.
+
+    ``saved`` is the ``TrainState.to_dict`` of an earlier run with the same pictures and settings:
+    training goes on from it, on a CPU bit for bit as if it had never ended. The state of another
+    model is left alone; the first step's number tells.
 
     Raises:
         UserError: a prompt of the dataset has no room for the words.
@@ -56,39 +69,49 @@ def train(model: DiffusionModel, embedding: Embedding, dataset: Dataset, config:
     words = [embedding, *contexts]
     _check_prompts(model, embedding, contexts, dataset)
     optimizer = make_optimizer(embedding, contexts, config)
-    schedule = LambdaLR(optimizer, lambda done: learning_rate_factor(done, config))
 
     average = [word.snapshot() for word in words]
-    best, best_number, best_loss = average[0].snapshot(), 0, mean_loss(model, words, fixed)
-    mark, mark_number = best_loss, 0  # the last loss on fixed noise that was a step forward
-    if not math.isfinite(best_loss):
+    loss = mean_loss(model, words, fixed)
+    if not math.isfinite(loss):
         raise TrainingError(
             "The loss is not a number before the first step: this model or VAE overflows in its "
             "precision. Try a bf16 or fp32 model, or a VAE that works in fp16."
         )
-    yield Step(0, best_loss, 0.0, best_loss, best, best_number, best_loss)
+    best = average[0].snapshot()
+    at = TrainState(words, optimizer, average, best, loss_before=loss, loss=loss, best_loss=loss, mark=loss)
+    if saved and at.fits(saved):
+        at.load(saved)
+        for _ in range(at.number * config.accumulation):  # the random numbers of the steps that are done
+            next(batches)
+    measured = None if at.number else loss
+    yield Step(at.number, at.loss, 0.0, measured, at.best, at.best_number, at.best_loss, at)
 
-    for number in range(1, config.steps + 1):
-        loss = 0.0
+    while at.number < config.steps and not (config.patience and _idle(at, config) >= config.patience):
+        at.number += 1
+        at.loss = 0.0
         for batch in islice(batches, config.accumulation):
-            loss += _backward(model, words, batch, config.accumulation)
-        _check_gradients(model, embedding, loss, number)
-        learning_rate = float(schedule.get_last_lr()[0])
+            at.loss += _backward(model, words, batch, config.accumulation)
+        _check_gradients(model, embedding, at.loss, at.number)
+        learning_rate = config.learning_rate * learning_rate_factor(at.number - 1, config)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
-        follow(average, words, min(config.averaging, 1 - 1 / number), config.optimizer == "sphere")
+        follow(average, words, min(config.averaging, 1 - 1 / at.number), config.optimizer == "sphere")
 
         fixed_loss = None
-        if number % config.evaluate_every == 0 or number == config.steps:
+        if at.number % config.evaluate_every == 0 or at.number == config.steps:
             fixed_loss = mean_loss(model, average, fixed)
-            if fixed_loss < best_loss:
-                best, best_number, best_loss = average[0].snapshot(), number, fixed_loss
-            if fixed_loss < mark * (1 - PROGRESS):
-                mark, mark_number = fixed_loss, number
-        yield Step(number, loss, learning_rate, fixed_loss, best, best_number, best_loss)
-        if config.patience and number - mark_number >= config.patience * config.evaluate_every:
-            return
+            if fixed_loss < at.best_loss:
+                at.best, at.best_number, at.best_loss = average[0].snapshot(), at.number, fixed_loss
+            if fixed_loss < at.mark * (1 - PROGRESS):
+                at.mark, at.mark_number = fixed_loss, at.number
+        yield Step(at.number, at.loss, learning_rate, fixed_loss, at.best, at.best_number, at.best_loss, at)
+
+
+def _idle(at: TrainState, config: TrainConfig) -> int:
+    """Measurements since the last one that was a step forward."""
+    return (at.number - at.mark_number) // config.evaluate_every
 
 
 def context_words(
