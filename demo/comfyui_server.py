@@ -102,9 +102,11 @@ class ComfyServer:
         """Schemas of every node, or of the one named."""
         return self._get(f"/object_info/{node}" if node else "/object_info")
 
-    def submit(self, prompt: dict[str, Any], client_id: str = "") -> str:
-        """Queue a graph in API format and return its prompt id."""
-        answer = self.http.post(f"{self.url}/prompt", json={"prompt": prompt, "client_id": client_id}, timeout=60)
+    def submit(self, prompt: dict[str, Any], client_id: str = "", workflow_id: str = "") -> str:
+        """Queue a graph in API format, as part of that workflow if one is named, and return its prompt id."""
+        data = {"prompt": prompt, "client_id": client_id}
+        data["extra_data"] = {"extra_pnginfo": {"workflow": {"id": workflow_id}}} if workflow_id else {}
+        answer = self.http.post(f"{self.url}/prompt", json=data, timeout=60)
         if answer.status_code != 200:
             raise ComfyError(f"ComfyUI refused the prompt: {answer.text}")
         return answer.json()["prompt_id"]
@@ -115,6 +117,7 @@ class ComfyServer:
         timeout: float = 600,
         on_event: Callable[[dict[str, Any]], None] | None = None,
         check: bool = True,
+        workflow_id: str = "",
     ) -> Run:
         """Run a graph to its end; `timeout` is the longest silence allowed, in seconds.
 
@@ -125,7 +128,7 @@ class ComfyServer:
         address = f"ws://127.0.0.1:{self.port}/ws?clientId={client_id}"
         connection = websocket.create_connection(address, timeout=timeout)
         try:
-            run = Run(self.submit(prompt, client_id))
+            run = Run(self.submit(prompt, client_id, workflow_id))
             self._follow(connection, run, on_event)
         except websocket.WebSocketException as error:
             raise ComfyError(f"{error} while a graph ran:\n{_tail(self.log)}") from error
@@ -157,6 +160,10 @@ class ComfyServer:
             raise ComfyError(f"comfy run {path.name}: {json.dumps(event, indent=1)}\n{_tail(self.log)}")
         return event
 
+    def training_runs(self) -> list[dict[str, Any]]:
+        """What the panels of Train nodes show."""
+        return self._get("/textual_inversion/runs")
+
     def interrupt(self) -> None:
         """Stop the graph that is running."""
         self.http.post(f"{self.url}/interrupt", json={}, timeout=60).raise_for_status()
@@ -165,6 +172,17 @@ class ComfyServer:
         """Unload models and empty the cache of node outputs, before the next graph runs."""
         both = {"unload_models": True, "free_memory": True}
         self.http.post(f"{self.url}/free", json=both, timeout=60).raise_for_status()
+
+    def kill(self) -> None:
+        """End the server as a power failure would, in the middle of whatever it does."""
+        for process in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
+            process.kill()
+        self._process.wait()
+
+    def start_again(self) -> None:
+        """After ``kill``: a new server in the same folder."""
+        self._launch()
+        self._wait_until_ready()
 
     def stop(self) -> None:
         """End the server and remove its folder."""
@@ -249,7 +267,7 @@ class ComfyServer:
             if ended and data["prompt_id"] == run.prompt_id:
                 return
 
-    def _get(self, path: str) -> dict[str, Any]:
+    def _get(self, path: str) -> Any:
         answer = self.http.get(self.url + path, timeout=60)
         answer.raise_for_status()
         return answer.json()

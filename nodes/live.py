@@ -87,7 +87,7 @@ def thinned(losses: Sequence[float]) -> Curve:
     return [(first, fmean(losses[first : first + size])) for first in range(0, len(losses), size)]
 
 
-def add_routes() -> None:
+def add_run_routes() -> None:
     """Adds what the panels ask for to ComfyUI's server."""
     routes = PromptServer.instance.routes
 

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from ..textual_inversion import UserError
 from ..textual_inversion.pictures import load_folder
+from .pictures_route import input_folder
 from .sockets import CATEGORY
 
 
@@ -77,15 +78,11 @@ class LoadImages(io.ComfyNode):
 
 
 def _folder(folder: str, path: str) -> Path:
-    if path.strip():
-        chosen = Path(path.strip()).expanduser()
-        if not chosen.is_absolute():
-            raise UserError(f"{path!r} is no full path: begin at the root, or use 'folder' for ComfyUI's input folder.")
-    else:
-        root = Path(folder_paths.get_input_directory())
-        chosen = root / folder
-        if not chosen.resolve().is_relative_to(root.resolve()):
-            raise UserError(f"{folder!r} leaves ComfyUI's input folder: use 'path' for other places.")
+    if not path.strip():
+        return input_folder(folder)
+    chosen = Path(path.strip()).expanduser()
+    if not chosen.is_absolute():
+        raise UserError(f"{path!r} is no full path: begin at the root, or use 'folder' for ComfyUI's input folder.")
     if not chosen.is_dir():
         raise UserError(f"The folder {chosen} does not exist: choose another one.")
     return chosen

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.utils
-from comfy.model_management import processing_interrupted, throw_exception_if_processing_interrupted
 from comfy_api.latest import io, ui
-from PIL import Image
 from torch import Tensor
 
 from ..textual_inversion import (
@@ -29,7 +27,6 @@ from ..textual_inversion import (
 from ..textual_inversion.adapters.comfyui import ComfyModel
 from ..textual_inversion.dataset import Dataset
 from ..textual_inversion.initializer import with_initializer
-from ..textual_inversion.pictures import to_pillow
 from ..textual_inversion.prompts import place_word
 from ..textual_inversion.report import report
 from ..textual_inversion.state import load_state, save_state
@@ -93,7 +90,7 @@ class TrainingRun:
             steps = train(model, embedding, dataset, config, saved and saved["training"])
             step, ended = self._follow(steps, saved, model, embedding, dataset)
             learned = self._keep(step, formats.free_path(temporary_folder(), formats.file_name(config.trigger)))
-            self.live.tell("finishing", message=ended)
+            self.live.tell("finishing", message=ended or self.live.record.message)
             origin = repr(config.initializer) if resume is None else "the embedding given"
             text = report(model, dataset, config, start, step, origin, ended)
         self._draw(model, learned, dataset, step.number)
@@ -135,22 +132,19 @@ class TrainingRun:
         self._begin(step, saved)
         try:
             while True:
-                picture = None
                 if self._wants_picture(step):
                     with model.paused():
-                        picture = self._draw(model, embedding.snapshot(), dataset, step.number)
+                        self._draw(model, embedding.snapshot(), dataset, step.number)
                 self._show(step, seconds)
-                progress.update_absolute(step.number, self.config.steps, picture)
-                if step.number and (step.number % SAVE_EVERY == 0 or processing_interrupted()):
+                if step.number and step.number % SAVE_EVERY == 0:
                     self._save(step)
-                throw_exception_if_processing_interrupted()
+                progress.update_absolute(step.number)  # it raises ComfyUI's interrupt
                 if self.live.stop.is_set():
                     return step, f"Stopped by hand: the vectors of step {step.best_number} are kept."
                 began = time.perf_counter()
                 step = next(steps)
-                seconds = (
-                    0.9 * seconds + 0.1 * (time.perf_counter() - began) if seconds else time.perf_counter() - began
-                )
+                took = time.perf_counter() - began
+                seconds = 0.9 * seconds + 0.1 * took if seconds else took
                 self.losses.append(step.loss)
                 if step.fixed_loss is not None:
                     self.fixed.append((step.number, step.fixed_loss))
@@ -162,6 +156,7 @@ class TrainingRun:
             return step, ended
         except BaseException:  # ComfyUI's interrupt is no Exception
             if step.number > 0:
+                self._save(step)
                 name = f"{formats.file_name(self.config.trigger)}-partial"
                 self._keep(step, formats.free_path(embeddings_folder(), name))
             raise
@@ -169,7 +164,10 @@ class TrainingRun:
     def _begin(self, step: Step, saved: dict[str, Any] | None) -> None:
         """Takes up what a saved run had shown, and says from where training goes."""
         if saved and step.number:
-            self.losses, self.fixed = saved["losses"], [(number, loss) for number, loss in saved["fixed"]]
+            self.losses = [*saved["losses"], step.loss][: step.number + 1]
+            self.fixed = [(number, loss) for number, loss in saved["fixed"]]
+            if step.fixed_loss is not None:  # it was interrupted before it could measure
+                self.fixed.append((step.number, step.fixed_loss))
             message = f"It went on from step {step.number} of a run that had not ended."
         else:
             self.losses, self.fixed = [step.loss], [(0, step.loss)]
@@ -207,10 +205,8 @@ class TrainingRun:
         self.live.preview.clear()
         return asked or bool(self.preview.preview_every and step.number % self.preview.preview_every == 0)
 
-    def _draw(
-        self, model: ComfyModel, embedding: Embedding, dataset: Dataset, number: int
-    ) -> tuple[str, Image.Image, int]:
-        """One preview picture, in the form the progress bar takes."""
+    def _draw(self, model: ComfyModel, embedding: Embedding, dataset: Dataset, number: int) -> None:
+        """One preview picture of the vectors at step ``number``."""
         preview, shape = self.preview, dataset.latents[0].shape
         prompt = place_word(preview.preview_prompt, self.config.trigger)
         picture = model.generate(prompt, embedding, shape, self.config.seed, preview.preview_steps, preview.preview_cfg)
@@ -218,7 +214,6 @@ class TrainingRun:
         (file,) = ui.ImageSaveHelper.save_images(picture, "textual_inversion/preview", io.FolderType.temp, cls=None)
         shown = [*self.live.record.pictures, {"step": number, **file}]
         self.live.tell(self.live.record.state, pictures=shown)
-        return "JPEG", to_pillow(picture[0]), 512
 
     def _keep(self, step: Step, path: Path) -> Embedding:
         """The best vectors so far with all that is known about them, written to disk."""

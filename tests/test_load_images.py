@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from ti_pack.nodes.load_images import LoadImages
 from ti_pack.textual_inversion import UserError
-from ti_pack.textual_inversion.pictures import load_folder
+from ti_pack.textual_inversion.pictures import load_folder, picture_files, picture_info
 
 
 def picture(width=32, height=24):
@@ -114,6 +114,36 @@ def test_truncated_picture_is_left_out(tmp_path, caplog):
         images, _, _ = load_folder(tmp_path, 0, False)
     assert len(images) == 1
     assert "b.png" in caplog.text
+
+
+def test_caption_in_another_encoding_is_an_error(tmp_path):
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("großes Bild", encoding="latin-1")
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
+        load_folder(tmp_path, 0, False)
+
+
+def test_picture_info_agrees_with_what_is_loaded(tmp_path):
+    rgba = picture(40, 24).convert("RGBA")
+    rgba.save(tmp_path / "opaque.png")
+    rgba.putpixel((0, 0), (0, 0, 0, 200))
+    rgba.save(tmp_path / "translucent.webp", lossless=True)
+    palette = picture(40, 24).convert("P")
+    palette.save(tmp_path / "palette.gif", transparency=palette.getpixel((0, 0)))
+    Image.fromarray(np.full((24, 40), 32768, np.uint16)).save(tmp_path / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    for suffix in ("jpg", "png", "webp", "tiff", "avif"):
+        picture(40, 24).save(tmp_path / f"turned.{suffix}", exif=exif)
+    (tmp_path / "notes.md").write_text("no picture")
+
+    files = picture_files(tmp_path)
+    infos = [info for info in map(picture_info, files) if info is not None]
+    images, masks, _ = load_folder(tmp_path, 0, False)
+    assert len(files) - 1 == len(infos) == len(images) == 9
+    assert [(info.height, info.width) for info in infos] == [tuple(image.shape[1:3]) for image in images]
+    assert [info.masked for info in infos] == [mask.min().item() < 1 for mask in masks]
+    assert sum(info.masked for info in infos) == 2
 
 
 def test_empty_folder_is_an_error(tmp_path):

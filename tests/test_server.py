@@ -15,6 +15,8 @@ NODE_IDS = {
     "TI_SaveEmbedding",
     "TI_LoadEmbedding",
     "TI_ApplyEmbedding",
+    "TI_InspectEmbedding",
+    "TI_BlendEmbeddings",
 }
 
 
@@ -175,7 +177,8 @@ def test_learning_workflow(server, model):
 
     # Previews at steps 0, 3, 6 and at the end; progress with pictures on the way; a loss graph.
     assert len(outputs["previews"]["images"]) == 4
-    assert run.previews
+    (record,) = outputs["train"]["textual_inversion"]
+    assert [picture["step"] for picture in record["pictures"]] == [0, 3, 6, 6]
     assert outputs["plot"]["images"]
     assert "S*: 1 vector" in outputs["report"]["text"][0]
     steps = [event["data"] for event in run.events if event["type"] == "progress" and event["data"]["max"] == 6]

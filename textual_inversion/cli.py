@@ -12,7 +12,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from . import __version__, formats
+from . import __version__, formats, inspection
 from .adapters.diffusers_pipeline import DiffusersModel
 from .config import TrainConfig
 from .dataset import GRID, make_dataset
@@ -131,12 +131,7 @@ def inspect(file: tyro.conf.Positional[Path], partner: Path | None = None, word:
         word: Which word to take from a file that bundles several.
     """
     embedding = _read(file, partner, word)
-    print(f"{embedding.trigger}: {embedding.describe()}")
-    for key, vectors in embedding.vectors.items():
-        norms = ", ".join(f"{norm:.3f}" for norm in vectors.norm(dim=1).tolist())
-        print(f"{key}: {tuple(vectors.shape)}, length {norms}")
-    for key, value in embedding.metadata.items():
-        print(f"{key}: {value}")
+    print(inspection.describe(embedding, inspection.inspect(embedding, {})))
 
 
 @app.command

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,21 @@ from torch import Tensor
 from .dataset import fit
 from .errors import UserError
 
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+ORIENTATION = 0x0112  # EXIF: 1 upright, 2 to 8 turned or mirrored
+
+
+class PictureInfo(NamedTuple):
+    """What can be told of a picture without bringing it to size."""
+
+    width: int
+    """Pixels, after the camera's rotation."""
+    height: int
+    orientation: int
+    """EXIF's number for the camera's rotation; 1 where the stored pixels are upright."""
+    masked: bool
+    """Whether any part is transparent."""
+
 
 def load_folder(folder: Path, size: int, square: bool = False) -> tuple[list[Tensor], list[Tensor], list[str]]:
     """Pictures (1, H, W, 3) in 0..1, masks (1, H, W) and captions of a folder, by file name.
@@ -18,18 +34,13 @@ def load_folder(folder: Path, size: int, square: bool = False) -> tuple[list[Ten
     Rotates as EXIF says; transparent parts become white in the picture and black in the mask.
     Files that should be pictures and are not are named in a warning and left out.
 
-    Raises UserError when no picture is left.
+    Raises UserError when no picture is left, or a caption is not UTF-8.
     """
     images, masks, captions, broken = [], [], [], []
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
-        if file.suffix.lower() == ".txt" or not file.is_file() or file.name.startswith("."):
-            continue
+    for file in picture_files(folder):
         try:
-            picture = ImageOps.exif_transpose(Image.open(file))
-            if picture.mode.startswith("I"):  # 16 bits a pixel
-                picture = picture.point(lambda value: value / 256).convert("L")
-            rgba = picture.convert("RGBA")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            rgba = _rgba(Image.open(file))
+        except UNREADABLE:
             broken.append(file.name)
             continue
         pixels = torch.from_numpy(np.asarray(rgba, dtype=np.float32) / 255)[None]  # (1, H, W, 4)
@@ -37,13 +48,54 @@ def load_folder(folder: Path, size: int, square: bool = False) -> tuple[list[Ten
         pixels = fit(torch.cat([pixels[..., :3] * alpha + (1 - alpha), alpha], dim=-1), size, square)
         images.append(pixels[..., :3])
         masks.append(pixels[..., 3])
-        caption = file.with_suffix(".txt")
-        captions.append(caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else "")
+        captions.append(caption_of(file))
     if broken:
         logging.warning("Load Images leaves out what is no picture: %s", ", ".join(broken))
     if not images:
         raise UserError(f"There is no picture in {folder}: put some there, or choose another folder.")
     return images, masks, captions
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Files of a folder that should be pictures, by name: all but captions and hidden ones."""
+    files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    return sorted((file for file in files if file.suffix.lower() != ".txt"), key=lambda file: file.name)
+
+
+def caption_of(file: Path) -> str:
+    """Text of NAME.txt beside a picture NAME.png; empty where there is none.
+
+    Raises UserError when it is not UTF-8.
+    """
+    caption = file.with_suffix(".txt")
+    try:
+        return caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{caption.name} is not UTF-8: save it anew with that encoding.") from error
+
+
+def picture_info(file: Path) -> PictureInfo | None:
+    """Shape, rotation and transparency of a picture file; None for what is no picture.
+
+    Pixels are decoded only where the format says that some may be transparent.
+    """
+    try:
+        with Image.open(file) as picture:
+            # A PNG without this entry would be decoded to look for EXIF behind its pixels.
+            orientation = picture.getexif().get(ORIENTATION, 1) if "exif" in picture.info else 1
+            width, height = picture.size[::-1] if orientation > 4 else picture.size
+            masked = picture.has_transparency_data and _rgba(picture).getchannel("A").getextrema() != (255, 255)
+    except UNREADABLE:
+        return None
+    return PictureInfo(width, height, orientation, masked)
+
+
+def _rgba(picture: Image.Image) -> Image.Image:
+    """Upright, 8 bits a channel, with transparency."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits a pixel
+        picture = picture.point(lambda value: value / 256).convert("L")
+    return picture.convert("RGBA")
 
 
 def to_pillow(pixels: Tensor) -> Image.Image:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from .config import TrainConfig
 from .embedding import Embedding
 
-NUMBERS = ("number", "loss", "best_number", "best_loss", "mark", "mark_number", "loss_before")
+NUMBERS = ("number", "loss", "best_number", "best_loss", "mark", "mark_number", "measured", "loss_before")
 
 
 @dataclass
@@ -34,6 +34,7 @@ class TrainState:
     best_loss: float = math.inf
     mark: float = math.inf  # the last loss on fixed noise that was a step forward
     mark_number: int = 0
+    measured: int = 0  # the step of the last measurement
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors, numbers, lists and dicts only; valid until the next step."""

@@ -79,34 +79,43 @@ def train(
         )
     best = average[0].snapshot()
     at = TrainState(words, optimizer, average, best, loss_before=loss, loss=loss, best_loss=loss, mark=loss)
+    fixed_loss = loss
     if saved and at.fits(saved):
         at.load(saved)
         for _ in range(at.number * config.accumulation):  # the random numbers of the steps that are done
             next(batches)
-    measured = None if at.number else loss
-    yield Step(at.number, at.loss, 0.0, measured, at.best, at.best_number, at.best_loss, at)
+        fixed_loss = _measure(model, at, fixed, config)
+    yield Step(at.number, at.loss, 0.0, fixed_loss, at.best, at.best_number, at.best_loss, at)
 
     while at.number < config.steps and not (config.patience and _idle(at, config) >= config.patience):
-        at.number += 1
-        at.loss = 0.0
+        loss = 0.0
         for batch in islice(batches, config.accumulation):
-            at.loss += _backward(model, words, batch, config.accumulation)
-        _check_gradients(model, embedding, at.loss, at.number)
-        learning_rate = config.learning_rate * learning_rate_factor(at.number - 1, config)
+            loss += _backward(model, words, batch, config.accumulation)
+        _check_gradients(model, embedding, loss, at.number + 1)
+        learning_rate = config.learning_rate * learning_rate_factor(at.number, config)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+        # From here to the measurement nothing may stop it: the state stays one to go on from.
         optimizer.step()
         optimizer.zero_grad()
+        at.number, at.loss = at.number + 1, loss
         follow(average, words, min(config.averaging, 1 - 1 / at.number), config.optimizer == "sphere")
+        fixed_loss = _measure(model, at, fixed, config)
+        yield Step(at.number, loss, learning_rate, fixed_loss, at.best, at.best_number, at.best_loss, at)
 
-        fixed_loss = None
-        if at.number % config.evaluate_every == 0 or at.number == config.steps:
-            fixed_loss = mean_loss(model, average, fixed)
-            if fixed_loss < at.best_loss:
-                at.best, at.best_number, at.best_loss = average[0].snapshot(), at.number, fixed_loss
-            if fixed_loss < at.mark * (1 - PROGRESS):
-                at.mark, at.mark_number = fixed_loss, at.number
-        yield Step(at.number, at.loss, learning_rate, fixed_loss, at.best, at.best_number, at.best_loss, at)
+
+def _measure(model: DiffusionModel, at: TrainState, fixed: Sequence[Batch], config: TrainConfig) -> float | None:
+    """The loss of the running mean on fixed noise, where it is due and not known yet."""
+    due = at.number % config.evaluate_every == 0 or at.number == config.steps
+    if not due or at.measured == at.number:
+        return None
+    loss = mean_loss(model, at.average, fixed)
+    at.measured = at.number
+    if loss < at.best_loss:
+        at.best, at.best_number, at.best_loss = at.average[0].snapshot(), at.number, loss
+    if loss < at.mark * (1 - PROGRESS):
+        at.mark, at.mark_number = loss, at.number
+    return loss
 
 
 def _idle(at: TrainState, config: TrainConfig) -> int:

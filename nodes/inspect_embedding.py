@@ -1,0 +1,53 @@
+from dataclasses import replace
+
+from comfy_api.latest import io, ui
+
+from ..textual_inversion.adapters.comfyui_words import embedding_keys, vocabularies
+from ..textual_inversion.inspection import describe, inspect
+from .embedding_chart import chart
+from .sockets import CATEGORY, EmbeddingSocket
+
+
+class InspectEmbedding(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TI_InspectEmbedding",
+            display_name="Inspect Embedding",
+            category=CATEGORY,
+            description="Says what is in an embedding: its vectors, where it comes from, and with a CLIP how loud each "
+            "vector is and which words it is near.",
+            search_aliases=["embedding info", "nearest words", "vector length", "embedding metadata", "ti inspect"],
+            is_output_node=True,
+            inputs=[
+                EmbeddingSocket.Input(
+                    "embedding", tooltip="From Train Textual Inversion, Load Embedding or Blend Embeddings."
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder of the same model: every vector is compared with the words it knows. "
+                    "Not connected: lengths alone.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="text", tooltip="What the node shows."),
+                io.Image.Output(
+                    display_name="picture",
+                    tooltip="A bar for the length of every vector, beside those of words, and the nearest words.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, embedding, clip=None) -> io.NodeOutput:
+        known = {}
+        if clip is not None:
+            known, read = vocabularies(clip), embedding.fitted(embedding_keys(clip)).vectors
+            unread = {key: rows for key, rows in embedding.vectors.items() if all(rows is not r for r in read.values())}
+            embedding = replace(embedding, vectors={**read, **unread})
+        found = inspect(embedding, known)
+        text = describe(embedding, found)
+        picture = chart(embedding, found)
+        shown = {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(picture).as_dict()}
+        return io.NodeOutput(text, picture, ui=shown)

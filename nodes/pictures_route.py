@@ -1,0 +1,63 @@
+"""What the picture list in *Load Images* (web/load_images.js) asks the server."""
+
+import asyncio
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from aiohttp import web
+from server import PromptServer
+
+from ..textual_inversion import UserError
+from ..textual_inversion.pictures import PictureInfo, caption_of, picture_files, picture_info
+
+
+def input_folder(name: str) -> Path:
+    """A folder below ComfyUI's input folder, by its path from there.
+
+    Raises UserError for one that is elsewhere, be it through a link, or nowhere.
+    """
+    root = Path(folder_paths.get_input_directory())
+    folder = root / name
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{name!r} leaves ComfyUI's input folder: use 'path' for other places.")
+    if not folder.is_dir():
+        raise UserError(f"The folder {name!r} does not exist in ComfyUI's input folder: choose another one.")
+    return folder
+
+
+def list_pictures(name: str) -> dict[str, Any]:
+    """The pictures of a folder below the input folder, by name, and every folder there is.
+
+    Pictures that are links to somewhere else are left out.  Raises UserError as `input_folder` and
+    `caption_of` do.
+    """
+    root = Path(folder_paths.get_input_directory()).resolve()
+    pictures = []
+    for file in picture_files(input_folder(name)):
+        if not file.resolve().is_relative_to(root):
+            continue
+        stat = file.stat()
+        info = _cached_info(file, stat.st_mtime_ns, stat.st_size)
+        if info is not None:
+            about = {"name": file.name, "caption": caption_of(file), "modified": stat.st_mtime_ns // 1000}
+            pictures.append({**about, **info._asdict()})
+    return {"pictures": pictures, "folders": [".", *folder_paths.get_input_subfolders()]}
+
+
+@lru_cache(maxsize=10_000)
+def _cached_info(file: Path, modified: int, size: int) -> PictureInfo | None:
+    return picture_info(file)
+
+
+async def _answer(request: web.Request) -> web.Response:
+    try:
+        return web.json_response(await asyncio.to_thread(list_pictures, request.query.get("folder", ".")))
+    except UserError as error:
+        return web.json_response({"error": str(error)}, status=400)
+
+
+def add_picture_route() -> None:
+    """Adds the listing to ComfyUI's server."""
+    PromptServer.instance.routes.get("/textual_inversion/pictures")(_answer)

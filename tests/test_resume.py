@@ -1,0 +1,69 @@
+"""Work survives: the server is killed, the graph is run again, and every bit is the same."""
+
+from collections.abc import Iterator
+
+import pytest
+from comfyui_server import ComfyServer
+from kill_and_resume import graph, kill_at, learned, node
+
+
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[ComfyServer]:
+    """A server of one's own, to be killed."""
+    with ComfyServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def reference(mortal) -> list[float]:
+    found, message = learned(mortal)
+    assert message == ""
+    return found
+
+
+def states(server):
+    return list((server.base / "user/__textual_inversion").glob("*"))
+
+
+def test_killed_run_goes_on_bit_for_bit(mortal, reference):
+    kill_at(mortal, 15)
+    assert len(states(mortal)) == 1
+    found, message = learned(mortal)
+    assert message == "It went on from step 10 of a run that had not ended."
+    assert found == reference
+    assert not states(mortal)
+
+
+def test_changed_settings_start_anew(mortal, reference):
+    kill_at(mortal, 12, workflow="w")
+    changed, message = learned(mortal, seed=1, workflow="w")
+    assert message == "It started anew, since settings or pictures have changed after the run that had not ended."
+    assert changed != reference
+    assert not states(mortal)
+
+
+def test_cancelled_run_goes_on_from_its_last_step(mortal, reference):
+
+    def cancel(event):
+        if event["type"] == "textual_inversion.run" and event["data"]["step"] > 0:
+            mortal.interrupt()
+
+    cancelled = mortal.run(graph(), on_event=cancel, check=False)
+    assert cancelled.error is not None
+    found, message = learned(mortal)
+    step = int(message.removeprefix("It went on from step ").split()[0])
+    assert 0 < step < 40
+    assert found == reference
+
+
+def test_embedding_can_be_trained_further(mortal, reference):
+    longer = graph(seed=5)
+    longer["given"] = node("TI_LoadEmbedding", file="learned.safetensors")
+    longer["learn"]["inputs"]["resume"] = ["given", 0]
+    longer["save"]["inputs"]["name"] = "further"
+    run = mortal.run(longer)
+    (text,) = run.history["outputs"]["learn"]["text"]
+    assert "starting at the embedding given" in text
+    losses = run.history["outputs"]["learn"]["textual_inversion"][0]["fixed"]
+    before = mortal.run(graph(seed=5)).history["outputs"]["learn"]["textual_inversion"][0]["fixed"]
+    assert losses[0][1] < before[0][1], "it did not begin where the embedding had come to"

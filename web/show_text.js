@@ -1,0 +1,21 @@
+// ComfyUI's own text preview in our nodes that give text; by itself it is in PreviewAny and SaveText alone.
+import { app } from "../../scripts/app.js";
+
+const NODES = ["TI_InspectEmbedding", "TI_SaveEmbedding"];
+
+app.registerExtension({
+  name: "TextualInversion.ShowText",
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (!NODES.includes(nodeData.name)) return;
+    const { addTextPreviewWidgets, updateTextPreviewWidgets } = window.comfyAPI.textPreviewWidgets;
+    const { onNodeCreated, onExecuted } = nodeType.prototype;
+    nodeType.prototype.onNodeCreated = function (...args) {
+      onNodeCreated?.apply(this, args);
+      addTextPreviewWidgets(this);
+    };
+    nodeType.prototype.onExecuted = function (output) {
+      onExecuted?.call(this, output);
+      updateTextPreviewWidgets(this, output);
+    };
+  },
+});

@@ -1,0 +1,272 @@
+// The live panel of the Train node: how training goes, its loss, its preview pictures, and two buttons.
+//
+// The server sends the whole record of a run with every event, so a panel shows whatever record came last:
+// from an event, from the list of runs after a page load, or with the output of a run that ComfyUI had cached.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { LossChart } from "./lib/loss_chart.js";
+import { element, filled } from "./lib/page.js";
+
+const WORDS = {
+  hint: "The loss and the preview pictures appear here during training.",
+  encoding: "Encoding pictures",
+  searching: "Searching the word to start from",
+  learning: "Learning: step {step} of {steps}",
+  finishing: "Finishing after {step} steps",
+  done: "Done after {step} steps",
+  cancelled: "Cancelled at step {step}",
+  failed: "Failed at step {step}",
+  rate: "{rate} pictures/s",
+  left: "{time} left",
+  hours: "{hours} h {minutes} min",
+  minutes: "{minutes} min {seconds} s",
+  seconds: "{seconds} s",
+  best: "best at step {step}",
+  learningRate: "learning rate {rate}",
+  stop: "Stop and keep",
+  stopHelp: "End the training now. The graph goes on with the best vectors so far.",
+  preview: "Preview now",
+  previewHelp: "Draw a picture with the word as it is now.",
+  refused: "The server did not take it. The run may have ended.",
+  lost: "ComfyUI was started anew. Run the graph again to go on.",
+  pictureStep: "step {step}",
+  chart: { fixed: "loss on fixed noise", training: "training loss", step: "step {step}" },
+};
+
+const EVENT = "textual_inversion.run";
+const ACTIVE = ["encoding", "searching", "learning", "finishing"];
+const STOPPABLE = ["searching", "learning"];
+const HEIGHTS = { hint: 20, run: 212, pictures: 92 };
+const MARGIN = 10;
+
+const panels = new WeakMap(); // node -> TrainPanel
+const records = new Map(); // workflow and node -> its latest record, the newest last
+
+app.registerExtension({
+  name: "TextualInversion.TrainPanel",
+
+  async setup() {
+    document.head.append(element("link", { rel: "stylesheet", href: new URL("train_panel.css", import.meta.url) }));
+    api.addEventListener(EVENT, ({ detail }) => keep(detail));
+    api.addEventListener("reconnected", askForRuns);
+    await askForRuns();
+  },
+
+  nodeCreated(node) {
+    if (node.comfyClass === "TI_Train") panels.set(node, new TrainPanel(node));
+  },
+
+  /** Every load, undo and change of tab makes the nodes anew. */
+  afterConfigureGraph() {
+    records.forEach(show);
+  },
+});
+
+/** Fetches the runs that the server knows; what it no longer knows has ended with it. */
+async function askForRuns() {
+  const answer = await api.fetchApi("/textual_inversion/runs");
+  const runs = await answer.json();
+  const known = new Set(runs.map((record) => record.run));
+  for (const record of [...records.values()]) {
+    if (ACTIVE.includes(record.state) && !known.has(record.run)) {
+      keep({ ...record, state: "failed", message: WORDS.lost });
+    }
+  }
+  runs.forEach(keep);
+}
+
+function keep(record) {
+  const key = `${record.workflow} ${record.node}`;
+  records.delete(key);
+  records.set(key, record);
+  show(record);
+}
+
+function show(record) {
+  if (record.workflow === app.rootGraph.id) panels.get(nodeAt(record.node))?.show(record);
+}
+
+/** The node with this execution id: "7:3" is node 3 in the subgraph of node 7. */
+function nodeAt(executionId) {
+  const path = executionId.split(":");
+  const id = path.pop();
+  let graph = app.rootGraph;
+  for (const step of path) graph = graph?.getNodeById(step)?.subgraph;
+  return graph?.getNodeById(id);
+}
+
+class TrainPanel {
+  constructor(node) {
+    this.node = node;
+    this.asked = {}; // what the buttons asked for last
+
+    this.hint = element("div", { className: "ti-hint", textContent: WORDS.hint });
+    this.state = element("div", { className: "ti-line ti-state" });
+    this.details = element("div", { className: "ti-line" });
+    this.message = element("div", { className: "ti-message" });
+    this.chart = new LossChart(WORDS.chart);
+    this.strip = new FilmStrip();
+    this.stop = this.button("stop", WORDS.stop, WORDS.stopHelp);
+    this.preview = this.button("preview", WORDS.preview, WORDS.previewHelp);
+    const buttons = element("div", { className: "ti-buttons" }, this.stop, this.preview);
+    const words = element("div", {}, this.state, this.details, this.message);
+    this.run = element("div", { className: "ti-run" }, words, this.chart.root, this.strip.root, buttons);
+    this.root = element("div", { className: "ti-train" }, this.hint, this.run);
+    leaveToCanvas(this.root, this.strip.root);
+
+    this.run.hidden = true;
+    const widget = node.addDOMWidget("training", "ti_train_panel", this.root, {
+      serialize: false,
+      margin: MARGIN,
+      getMinHeight: () => this.height + 2 * MARGIN,
+      getMaxHeight: () => (this.record ? undefined : this.height + 2 * MARGIN),
+    });
+    widget.serialize = false;
+    this.setHeight(HEIGHTS.hint);
+
+    const onExecuted = node.onExecuted;
+    node.onExecuted = function (message) {
+      onExecuted?.apply(this, arguments);
+      message.textual_inversion?.forEach((record) => panels.get(this).show(record));
+    };
+  }
+
+  button(action, words, help) {
+    const onclick = async () => {
+      this.asked[action] = this.asking(action);
+      this.enable();
+      const answer = await api.fetchApi(`/textual_inversion/runs/${this.record.run}/${action}`, { method: "POST" });
+      if (answer.ok) return;
+      app.extensionManager.toast.add({ severity: "warn", summary: words, detail: WORDS.refused, life: 5000 });
+    };
+    return element("button", { type: "button", textContent: words, title: help, onclick });
+  }
+
+  /** What pressing a button asks for: the end of this run, or one picture more than there are. */
+  asking(action) {
+    return action === "stop" ? this.record.run : `${this.record.run} ${this.record.pictures.length}`;
+  }
+
+  enable() {
+    for (const action of ["stop", "preview"]) {
+      this[action].disabled = !STOPPABLE.includes(this.record.state) || this.asked[action] === this.asking(action);
+    }
+  }
+
+  show(record) {
+    this.record = record;
+    this.hint.hidden = true;
+    this.run.hidden = false;
+    this.run.dataset.state = record.state;
+    setWords(this.state, stateWords(record));
+    setWords(this.details, detailWords(record));
+    setWords(this.message, record.message);
+    this.chart.show(record, ACTIVE.includes(record.state));
+    this.strip.show(record);
+    this.enable();
+    this.setHeight(HEIGHTS.run + (record.pictures.length ? HEIGHTS.pictures : 0));
+    this.node.graph?.setDirtyCanvas(true, false);
+  }
+
+  /** The least height: the canvas asks the widget for it, Vue nodes take it from the style. */
+  setHeight(height) {
+    if (height === this.height) return;
+    this.height = height;
+    this.root.style.minHeight = `${height}px`;
+    const [width, before] = this.node.size;
+    this.node.setSize([width, Math.max(before, this.node.computeSize()[1])]);
+  }
+}
+
+/** Preview pictures in a row; a click shows one in full size. */
+class FilmStrip {
+  constructor() {
+    this.root = element("div", { className: "ti-strip" });
+    this.run = "";
+  }
+
+  show(record) {
+    if (this.run !== record.run) this.root.replaceChildren();
+    this.run = record.run;
+    const { scrollLeft, scrollWidth, clientWidth } = this.root;
+    const atEnd = scrollLeft + clientWidth >= scrollWidth - 1;
+    const added = record.pictures.slice(this.root.childElementCount).map((picture) => this.frame(picture));
+    this.root.append(...added);
+    this.root.hidden = record.pictures.length === 0;
+    if (added.length && atEnd) this.root.scrollLeft = this.root.scrollWidth;
+  }
+
+  frame({ step, filename, subfolder, type }) {
+    const src = api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+    const words = filled(WORDS.pictureStep, { step });
+    const image = element("img", { src, alt: words, draggable: false });
+    const frame = element("button", { type: "button", title: words }, image, element("span", { textContent: words }));
+    frame.onclick = () => showFullSize(frame);
+    return frame;
+  }
+}
+
+/** A picture of a strip over everything; the arrow keys go to its neighbours. */
+function showFullSize(frame) {
+  const image = element("img");
+  const caption = element("div");
+  const dialog = element("dialog", { className: "ti-full-size" }, image, caption);
+  const turnTo = (next) => {
+    if (!next) return;
+    frame = next;
+    image.src = frame.querySelector("img").src;
+    image.alt = caption.textContent = frame.title;
+  };
+  turnTo(frame);
+  dialog.onclick = () => dialog.close();
+  dialog.onclose = () => dialog.remove();
+  dialog.onkeydown = (event) => {
+    event.stopPropagation(); // or ComfyUI's own shortcuts hear it
+    if (event.key === "ArrowLeft") turnTo(frame.previousElementSibling);
+    if (event.key === "ArrowRight") turnTo(frame.nextElementSibling);
+  };
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+/** Wheel and middle button go to the canvas, as from the text fields of a node; sideways, the strip scrolls. */
+function leaveToCanvas(root, strip) {
+  root.addEventListener("wheel", (event) => {
+    const sideways = event.shiftKey || Math.abs(event.deltaX) > Math.abs(event.deltaY);
+    event.stopPropagation();
+    if (sideways && strip.contains(event.target) && strip.scrollWidth > strip.clientWidth) return;
+    event.preventDefault();
+    app.canvas.processMouseWheel(event);
+  });
+  const middle = (event) => event.button === 1 || event.buttons & 4;
+  root.addEventListener("pointerdown", (event) => middle(event) && app.canvas.processMouseDown(event));
+  root.addEventListener("pointermove", (event) => middle(event) && app.canvas.processMouseMove(event));
+  root.addEventListener("pointerup", (event) => middle(event) && app.canvas.processMouseUp(event));
+}
+
+function stateWords({ state, step, steps, rate, seconds_left: secondsLeft }) {
+  const parts = [filled(WORDS[state], { step, steps })];
+  if (state === "learning" && rate > 0) parts.push(filled(WORDS.rate, { rate: rate.toPrecision(3) }));
+  if (state === "learning" && secondsLeft !== null) parts.push(filled(WORDS.left, { time: duration(secondsLeft) }));
+  return parts.join(", ");
+}
+
+function detailWords({ state, best, learning_rate: rate, fixed }) {
+  const parts = [];
+  if (fixed.length) parts.push(filled(WORDS.best, { step: best }));
+  if (state === "learning" && rate > 0) parts.push(filled(WORDS.learningRate, { rate: Number(rate.toPrecision(2)) }));
+  return parts.join(", ");
+}
+
+function duration(total) {
+  const seconds = Math.round(total);
+  if (seconds < 60) return filled(WORDS.seconds, { seconds });
+  const minutes = Math.floor(seconds / 60);
+  if (minutes < 60) return filled(WORDS.minutes, { minutes, seconds: seconds % 60 });
+  return filled(WORDS.hours, { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
+}
+
+function setWords(line, words) {
+  line.textContent = line.title = words;
+}
