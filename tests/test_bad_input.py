@@ -11,7 +11,7 @@ from ti_pack.textual_inversion.prompts import caption_prompt, check_trigger, tra
 PICTURE = torch.rand(1, 16, 16, 3)
 
 
-@pytest.mark.parametrize("trigger", ["S*", "<cat-toy>", "my_word", "Zorp", "ohwx2", "猫の"])
+@pytest.mark.parametrize("trigger", ["S*", "<cat-toy>", "my_word", "Zorp", "ohwx2", "\u732b\u306e"])
 def test_good_triggers(trigger):
     check_trigger(trigger)
 

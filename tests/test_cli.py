@@ -111,7 +111,7 @@ def test_errors_are_a_sentence_and_an_exit_code(arguments, code, message, tmp_pa
 
 
 def test_help_is_the_settings_own(tmp_path):
-    text = " ".join(call("train", "--help", folder=tmp_path).stdout.replace("│", " ").split())
+    text = " ".join(call("train", "--help", folder=tmp_path).stdout.replace("\u2502", " ").split())
     for name, explanation in field_help(TrainConfig).items():
         assert f"--{name.replace('_', '-')}" in text
         assert explanation.split(".")[0] in text

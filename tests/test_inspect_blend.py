@@ -198,7 +198,7 @@ def test_bars_are_as_long_as_the_vectors():
     assert pixels_of(picture, UNUSUAL, 0) == pixels_of(picture, USUAL, 1) == 0
 
 
-@pytest.mark.parametrize("trigger", ["猫の", "a\nb\x00", "x" * 300, ""])
+@pytest.mark.parametrize("trigger", ["\u732b\u306e", "a\nb\x00", "x" * 300, ""])
 def test_chart_takes_any_word_and_any_number(trigger):
     word = Embedding(trigger, {"clip_l": torch.zeros(MOST_ROWS + 5, 32), trigger: torch.ones(1, 10)})
     picture = chart(word, inspect(word, {}))

@@ -98,7 +98,8 @@ class PictureList {
     const plus = element("i", { className: "pi pi-plus" });
     this.button = element("button", { className: "ti-pictures-add", ...choose }, plus, WORDS.add);
     const foot = element("div", { className: "ti-pictures-foot" }, this.count, this.button, this.input);
-    this.element = element("div", { className: "ti-pictures" }, this.list, this.note, foot);
+    const style = element("link", { rel: "stylesheet", href: new URL("load_images.css", import.meta.url) });
+    this.element = element("div", { className: "ti-pictures" }, style, this.list, this.note, foot);
     this.input.onchange = () => {
       this.add([...this.input.files]);
       this.input.value = "";
@@ -279,10 +280,9 @@ function after(object, name, more) {
 const lists = new Set();
 
 app.registerExtension({
-  name: "TextualInversion.LoadImages",
+  name: "textualinversion.LoadImages",
 
   setup() {
-    document.head.append(element("link", { rel: "stylesheet", href: new URL("load_images.css", import.meta.url) }));
     // ComfyUI tells the end of a node only where the node shows something; files may have changed since.
     api.addEventListener("execution_start", () => lists.forEach((list) => list.refreshSoon()));
   },

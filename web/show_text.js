@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js";
 const NODES = ["TI_InspectEmbedding", "TI_SaveEmbedding"];
 
 app.registerExtension({
-  name: "TextualInversion.ShowText",
+  name: "textualinversion.ShowText",
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!NODES.includes(nodeData.name)) return;
     const { addTextPreviewWidgets, updateTextPreviewWidgets } = window.comfyAPI.textPreviewWidgets;
