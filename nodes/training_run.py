@@ -113,7 +113,7 @@ class TrainingRun:
         model.check_fit(dataset.latents[0], config.trigger, neutral)
         if saved:
             self.config = replace(config, initializer=saved["initializer"])
-        else:
+        elif not config.initializer:
             self.live.tell("searching", steps=config.steps)
             self.config = with_initializer(model, dataset, config)
         return initial_embedding(known, config.trigger, self.config.initializer, config.vectors)

@@ -62,8 +62,7 @@ class TrainConfig:
     """0: everything the pictures show. 1: stays near the initializer, which other words change more easily."""
 
     context_vectors: int = bounded(1, 0, 16)
-    """Throw-away vectors for each picture without a caption. They learn what only that picture shows, such as its
-    background, so that the word need not."""
+    """Throw-away vectors for each picture without a caption: for what only it shows, which the word need not learn."""
 
     averaging: float = bounded(0.9, 0.0, 0.9999, 0.01)
     """Share of the past in the running mean of the vectors, which is what is kept. 0: the last vectors."""

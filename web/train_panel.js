@@ -44,10 +44,9 @@ const panels = new WeakMap(); // node -> TrainPanel
 const records = new Map(); // workflow and node -> its latest record, the newest last
 
 app.registerExtension({
-  name: "TextualInversion.TrainPanel",
+  name: "textualinversion.TrainPanel",
 
   async setup() {
-    document.head.append(element("link", { rel: "stylesheet", href: new URL("train_panel.css", import.meta.url) }));
     api.addEventListener(EVENT, ({ detail }) => keep(detail));
     api.addEventListener("reconnected", askForRuns);
     await askForRuns();
@@ -112,7 +111,8 @@ class TrainPanel {
     const buttons = element("div", { className: "ti-buttons" }, this.stop, this.preview);
     const words = element("div", {}, this.state, this.details, this.message);
     this.run = element("div", { className: "ti-run" }, words, this.chart.root, this.strip.root, buttons);
-    this.root = element("div", { className: "ti-train" }, this.hint, this.run);
+    const style = element("link", { rel: "stylesheet", href: new URL("train_panel.css", import.meta.url) });
+    this.root = element("div", { className: "ti-train" }, style, this.hint, this.run);
     leaveToCanvas(this.root, this.strip.root);
 
     this.run.hidden = true;
@@ -221,12 +221,13 @@ function showFullSize(frame) {
   turnTo(frame);
   dialog.onclick = () => dialog.close();
   dialog.onclose = () => dialog.remove();
+  dialog.onwheel = (event) => event.stopPropagation(); // or the canvas behind it zooms
   dialog.onkeydown = (event) => {
     event.stopPropagation(); // or ComfyUI's own shortcuts hear it
     if (event.key === "ArrowLeft") turnTo(frame.previousElementSibling);
     if (event.key === "ArrowRight") turnTo(frame.nextElementSibling);
   };
-  document.body.append(dialog);
+  frame.closest(".ti-train").append(dialog);
   dialog.showModal();
 }
 

@@ -1,0 +1,282 @@
+"""The live panel of the Train node in a real browser: on the canvas and in Vue nodes, against the real server."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from comfyui_server import ComfyServer
+from playwright.sync_api import Browser, Locator, Page, expect
+
+LOAD, IMAGES, SETTINGS, TRAIN, REPORT, SECOND, SECOND_REPORT = map(str, range(1, 8))
+ENDLESS = 100_000  # steps: a run that only ends when it is told to
+SECONDS = 60_000  # milliseconds that anything may take on a busy machine
+
+expect.set_options(timeout=SECONDS)
+_seeds = itertools.count(1)  # ComfyUI would not run the same graph twice
+
+
+@pytest.fixture(scope="module", params=["canvas", "vue"])
+def page(request, server, chromium: Browser) -> Iterator[Page]:
+    """ComfyUI in a fresh browser profile; an error of ours in its console fails the last test."""
+    settings = {"Comfy.VueNodes.Enabled": request.param == "vue", "Comfy.TutorialCompleted": True}
+    server.http.post(f"{server.url}/settings", json=settings, timeout=60).raise_for_status()
+    context = chromium.new_context(viewport={"width": 1400, "height": 1200})
+    page, errors = context.new_page(), []
+    page.set_default_timeout(SECONDS)
+    page.on("console", lambda message: errors.append(f"{message.text} {message.location}"))
+    page.on("pageerror", lambda error: errors.append(f"{error} {error.stack}"))
+    open_comfyui(page, server.url)
+    yield page
+    context.close()
+    assert [error for error in errors if "ComfyUI-Textual-Inversion" in error] == []
+
+
+@pytest.fixture(autouse=True)
+def idle_afterwards(server) -> Iterator[None]:
+    """Ends what a test left running."""
+    yield
+    if is_running(server):
+        server.interrupt()
+        wait_until(lambda: not is_running(server))
+
+
+def test_a_run_is_seen_and_stopped(page, server):
+    load(page, graph(steps=ENDLESS, preview_every=10))
+    panel = show(page)
+    expect(panel).to_contain_text("appear here during training")
+
+    queue(page)
+    expect(run(panel, "learning")).to_contain_text("pictures/s")
+    wait_until(lambda: points(panel) > 2)
+    earlier = points(panel)
+    wait_until(lambda: points(panel) > earlier)
+    expect(panel.locator(".ti-strip img").first).to_have_js_property("naturalWidth", 64)
+    assert pictures_outside(page, panel) == 0, "ComfyUI shows the pictures once more"
+
+    panel.get_by_role("button", name="Stop and keep").click()
+    expect(run(panel, "done")).to_contain_text("Stopped by hand")
+    expect(panel.get_by_role("button", name="Stop and keep")).to_be_disabled()
+    expect(panel.get_by_role("button", name="Preview now")).to_be_disabled()
+    wait_until(lambda: not is_running(server))
+    history = server.http.get(f"{server.url}/history?max_items=1", timeout=60).json()
+    (outputs,) = [entry["outputs"] for entry in history.values()]
+    assert "Stopped by hand" in outputs[REPORT]["text"][0], "the nodes behind did not run"
+
+
+def test_preview_now_and_full_size(page):
+    load(page, graph(steps=ENDLESS))
+    panel = show(page)
+    queue(page)
+    expect(run(panel, "learning")).to_be_visible()
+    pictures = panel.locator(".ti-strip button")
+    for count in (1, 2):
+        panel.get_by_role("button", name="Preview now").click()
+        expect(pictures).to_have_count(count)
+
+    dialog = page.locator("dialog.ti-full-size")
+    for close in (lambda: page.keyboard.press("Escape"), dialog.click):
+        pictures.first.click()
+        expect(dialog).to_contain_text(pictures.first.inner_text())
+        page.keyboard.press("ArrowRight")
+        expect(dialog).to_contain_text(pictures.last.inner_text())
+        close()
+        expect(dialog).to_have_count(0)
+
+
+def test_history_survives_a_reload_and_a_run_can_be_cancelled(page, server):
+    workflow = load(page, graph(steps=ENDLESS))
+    queue(page)
+    panel = show(page)
+    wait_until(lambda: points(panel) > 2)
+    earlier = points(panel)
+
+    page.wait_for_timeout(1000)  # ComfyUI writes the open workflow down a moment after it changed
+    open_comfyui(page, server.url)
+    page.wait_for_function("id => app.rootGraph.id === id", arg=workflow)
+    panel = show(page)
+    expect(run(panel, "learning")).to_be_visible()
+    assert points(panel) >= earlier
+    wait_until(lambda: points(panel) > earlier + 1)
+
+    server.interrupt()
+    expect(run(panel, "cancelled")).to_contain_text("Cancelled at step")
+    assert points(panel) > earlier, "the curve of a cancelled run stays"
+
+
+def test_a_cached_run_and_a_failed_one(page):
+    once = graph()
+    load(page, once)
+    queue(page)
+    expect(run(show(page), "done")).to_contain_text("Done after 3 steps")
+    load(page, once)  # another workflow: the server has no run of it
+    expect(show(page)).to_contain_text("appear here during training")
+    queue(page)
+    expect(run(show(page), "done")).to_contain_text("Done after 3 steps")
+
+    load(page, graph(vectors=75))
+    queue(page)
+    expect(run(show(page), "failed")).to_contain_text("use fewer vectors")
+
+
+def test_two_nodes_one_of_them_in_a_subgraph(page):
+    two = graph()
+    inputs = two[TRAIN]["inputs"] | {"steps": 5}
+    two |= {SECOND: node("TI_Train", **inputs), SECOND_REPORT: node("PreviewAny", source=[SECOND, 3])}
+    load(page, two)
+    outer = page.evaluate(f"app.rootGraph.convertToSubgraph(new Set([app.rootGraph.getNodeById({SECOND})])).node.id")
+    queue(page)
+    expect(run(show(page), "done")).to_contain_text("Done after 3 steps")
+    page.evaluate(f"app.canvas.setGraph(app.rootGraph.getNodeById({outer}).subgraph)")
+    expect(run(show(page), "done")).to_contain_text("Done after 5 steps")
+
+
+def test_a_restart_of_the_server_ends_the_run_shown(page):
+    workflow = load(page, graph())
+    panel = show(page)
+    record = {"run": "lost", "workflow": workflow, "node": TRAIN, "state": "learning", "message": "", "step": 1}
+    record |= {"steps": 9, "learning_rate": 0.1, "rate": 1.0, "seconds_left": None, "best": 0}
+    record |= {"losses": [[0, 0.2], [1, 0.1]], "fixed": [[0, 0.2]], "pictures": []}
+    send = "([type, data]) => comfyAPI.api.api.dispatchCustomEvent(type, data)"
+    page.evaluate(send, ["textual_inversion.run", record])
+    expect(run(panel, "learning")).to_contain_text("step 1 of 9")
+
+    panel.get_by_role("button", name="Preview now").click()
+    expect(page.get_by_text("The run may have ended.")).to_be_visible()
+    page.evaluate(send, ["reconnected", None])
+    expect(run(panel, "failed")).to_contain_text("Run the graph again")
+
+
+def test_the_panel_is_no_part_of_the_workflow(page):
+    load(page, graph(trigger="Zorp", preview_every=7))
+    saved, prompt = page.evaluate("app.graphToPrompt().then(({workflow, output}) => [workflow, output])")
+    (train,) = [item for item in saved["nodes"] if item["type"] == "TI_Train"]
+    assert (train["widgets_values"][0], train["widgets_values"][-1]) == ("Zorp", 7)
+    assert "training" not in prompt[TRAIN]["inputs"]
+
+
+def test_the_wheel_still_zooms_the_canvas(page):
+    load(page, graph())
+    show(page).hover()
+    before = page.evaluate("app.canvas.ds.scale")
+    page.mouse.wheel(0, -100)
+    page.wait_for_function("before => app.canvas.ds.scale > before", arg=before)
+
+
+def test_words_can_be_read_in_every_palette(page):
+    load(page, graph())
+    queue(page)
+    panel = show(page)
+    expect(run(panel, "done")).to_be_visible()
+    for palette, text in {"light": "#222", "solarized": "#fdf6e3", "nord": "#e5eaf0", "dark": "#fff"}.items():
+        page.evaluate("name => app.extensionManager.setting.set('Comfy.ColorPalette', name)", palette)
+        page.wait_for_function(
+            "([text, dark]) => getComputedStyle(document.documentElement).getPropertyValue('--fg-color') === text"
+            " && document.documentElement.classList.contains('dark-theme') === dark",
+            arg=[text, palette != "light"],
+        )
+        for words in (".ti-state", ".ti-line:nth-child(2)", ".ti-legend"):
+            assert contrast(panel.locator(words)) > 4.5, (palette, words)
+
+
+def graph(**widgets) -> dict:
+    """Loader -> Train -> report, in ComfyUI's API format."""
+    settings = {"evaluate_every": 3, "patience": 0, "preview_steps": 2}
+    # Every widget that a test sets: the front end may keep that of the graph before.
+    train = {"trigger": "S*", "initializer": "toy", "vectors": 1, "steps": 3, "batch_size": 1, "preview_every": 0}
+    train |= {"size": 64, "seed": next(_seeds)} | widgets
+    return {
+        LOAD: node("CheckpointLoaderSimple", ckpt_name="toy.safetensors"),
+        IMAGES: node("TI_LoadImages", folder="pictures", size=64),
+        SETTINGS: node("TI_TrainingSettings", **settings),
+        TRAIN: node(
+            "TI_Train",
+            model=[LOAD, 0],
+            clip=[LOAD, 1],
+            vae=[LOAD, 2],
+            images=[IMAGES, 0],
+            settings=[SETTINGS, 0],
+            **train,
+        ),
+        REPORT: node("PreviewAny", source=[TRAIN, 3]),
+    }
+
+
+def node(class_type: str, **inputs) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def open_comfyui(page: Page, url: str) -> None:
+    page.goto(url)
+    page.wait_for_function("window.app?.extensionManager && window.app.canvas && window.app.rootGraph?.nodes.length")
+
+
+def load(page: Page, prompt: dict) -> str:
+    """Opens a graph as a new workflow and returns its id."""
+    page.evaluate("prompt => app.loadApiJson(prompt, 'test')", prompt)
+    return page.evaluate("app.loadGraphData({...app.rootGraph.serialize(), id: null}).then(() => app.rootGraph.id)")
+
+
+def queue(page: Page) -> None:
+    page.evaluate("app.queuePrompt(0)")
+
+
+def show(page: Page) -> Locator:
+    """The panel of the Train node of the graph on screen, brought into view."""
+    page.evaluate("""() => {
+        const { pos } = app.canvas.graph.nodes.find((node) => node.comfyClass === "TI_Train");
+        app.canvas.ds.scale = 1;
+        app.canvas.ds.offset = [400 - pos[0], 100 - pos[1]];
+        app.canvas.setDirty(true, true);
+    }""")
+    return page.locator(".ti-train:visible")
+
+
+def run(panel: Locator, state: str) -> Locator:
+    return panel.locator(f"[data-state={state}]")
+
+
+def points(panel: Locator) -> int:
+    """How many measurements on fixed noise the curve shows."""
+    return (panel.locator(".ti-points").get_attribute("d") or "").count("M")
+
+
+def pictures_outside(page: Page, panel: Locator) -> int:
+    """How many pictures ComfyUI itself shows on the Train node."""
+    on_canvas = page.evaluate(f"app.rootGraph.getNodeById({TRAIN}).imgs?.length ?? 0")
+    in_vue = page.locator(f"[data-node-id='{TRAIN}'] img").count() - panel.locator("img").count()
+    return on_canvas + max(0, in_vue)
+
+
+def is_running(server: ComfyServer) -> bool:
+    return bool(server.http.get(f"{server.url}/queue", timeout=60).json()["queue_running"])
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS / 1000
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def contrast(words: Locator) -> float:
+    """WCAG's ratio of the text colour to what is behind it; behind a node on the canvas is its body."""
+    return words.evaluate("""(words) => {
+        const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+        const luminance = (colours) => {
+            for (const colour of colours) {
+                context.fillStyle = colour;
+                context.fillRect(0, 0, 1, 1);
+            }
+            const linear = (part) => (part <= 10 ? part / 3294 : ((part / 255 + 0.055) / 1.055) ** 2.4);
+            const [red, green, blue] = [...context.getImageData(0, 0, 1, 1).data].map(linear);
+            return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+        };
+        const behind = [];
+        for (let at = words; at && !at.matches(".dom-widget"); at = at.parentElement) {
+            behind.unshift(getComputedStyle(at).backgroundColor);
+        }
+        const body = words.closest(".dom-widget") ? [LiteGraph.NODE_DEFAULT_BGCOLOR] : [];
+        const [one, two] = [[...body, ...behind], [...body, ...behind, getComputedStyle(words).color]].map(luminance);
+        return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
+    }""")
