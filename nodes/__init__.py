@@ -9,7 +9,7 @@ from .inspect_embedding import InspectEmbedding
 from .live import add_run_routes
 from .load_embedding import LoadEmbedding
 from .load_images import LoadImages
-from .pictures_route import add_picture_route
+from .pictures_route import add_picture_routes
 from .save_embedding import SaveEmbedding
 from .train import Train
 from .training_settings import TrainingSettings
@@ -19,7 +19,7 @@ class TextualInversionExtension(ComfyExtension):
     @override
     async def on_load(self) -> None:
         add_run_routes()
-        add_picture_route()
+        add_picture_routes()
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

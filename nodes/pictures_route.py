@@ -10,7 +10,9 @@ from aiohttp import web
 from server import PromptServer
 
 from ..textual_inversion import UserError
-from ..textual_inversion.pictures import PictureInfo, caption_of, picture_files, picture_info
+from ..textual_inversion.pictures import PictureInfo, caption_of, picture_files, picture_info, thumbnail
+
+THUMBNAIL = 192  # pixels a side: twice what a tile takes
 
 
 def input_folder(name: str) -> Path:
@@ -33,10 +35,9 @@ def list_pictures(name: str) -> dict[str, Any]:
     Pictures that are links to somewhere else are left out.  Raises UserError as `input_folder` and
     `caption_of` do.
     """
-    root = Path(folder_paths.get_input_directory()).resolve()
     pictures = []
     for file in picture_files(input_folder(name)):
-        if not file.resolve().is_relative_to(root):
+        if not _inside(file):
             continue
         stat = file.stat()
         info = _cached_info(file, stat.st_mtime_ns, stat.st_size)
@@ -46,9 +47,25 @@ def list_pictures(name: str) -> dict[str, Any]:
     return {"pictures": pictures, "folders": [".", *folder_paths.get_input_subfolders()]}
 
 
+def _inside(file: Path) -> bool:
+    return file.resolve().is_relative_to(Path(folder_paths.get_input_directory()).resolve())
+
+
 @lru_cache(maxsize=10_000)
 def _cached_info(file: Path, modified: int, size: int) -> PictureInfo | None:
     return picture_info(file)
+
+
+async def _thumbnail(request: web.Request) -> web.Response:
+    try:
+        file = input_folder(request.query.get("folder", ".")) / Path(request.query.get("name", "")).name
+        if not (file.is_file() and _inside(file)):
+            raise UserError(f"There is no {file.name!r} in this folder.")
+        picture = await asyncio.to_thread(thumbnail, file, THUMBNAIL)
+    except UserError as error:
+        return web.json_response({"error": str(error)}, status=404)
+    # The address changes with the file, so that a browser may keep it.
+    return web.Response(body=picture, content_type="image/webp", headers={"Cache-Control": "private, max-age=86400"})
 
 
 async def _answer(request: web.Request) -> web.Response:
@@ -58,6 +75,7 @@ async def _answer(request: web.Request) -> web.Response:
         return web.json_response({"error": str(error)}, status=400)
 
 
-def add_picture_route() -> None:
-    """Adds the listing to ComfyUI's server."""
+def add_picture_routes() -> None:
+    """Adds the listing and its thumbnails to ComfyUI's server."""
     PromptServer.instance.routes.get("/textual_inversion/pictures")(_answer)
+    PromptServer.instance.routes.get("/textual_inversion/thumbnail")(_thumbnail)

@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Page, expect
 
 NODE = "TI_LoadImages"
 ROUTE = "/textual_inversion/pictures"
+THUMBNAIL = "/textual_inversion/thumbnail"
 
 
 @pytest.fixture(scope="module", params=["classic", "vue"])
@@ -29,7 +30,7 @@ def tab(request, server: ComfyServer, chromium: Browser) -> Iterator[Page]:
     page.on("console", lambda message: message.type == "error" and errors.append(f"{message.location} {message.text}"))
     page.goto(server.url)
     page.wait_for_function("window.app?.extensionManager && document.querySelector('#graph-canvas')")
-    page.wait_for_function("app.extensions.some(({ name }) => name === 'TextualInversion.LoadImages')")
+    page.wait_for_function("app.extensions.some(({ name }) => name === 'textualinversion.LoadImages')")
     page.wait_for_function("app.graph")
     yield page
     page.close()
@@ -279,7 +280,13 @@ def test_route_lists_what_the_node_loads(server):
         hole, upright = answer["pictures"]
         assert (hole["name"], hole["caption"], hole["masked"]) == ("hole.png", "große Lücke", True)
         assert (upright["name"], upright["caption"], upright["masked"]) == ("turned.jpg", "", False)
-        assert (upright["width"], upright["height"], upright["orientation"]) == (32, 48, 6)
+        assert (upright["width"], upright["height"]) == (32, 48)
+        small = server.http.get(server.url + THUMBNAIL, params={"folder": "listed", "name": "turned.jpg"}, timeout=10)
+        with Image.open(io.BytesIO(small.content)) as shown:
+            assert shown.size == (32, 48)
+        for name in ("link.png", "notes.md", "missing.png", "../../elsewhere.png"):
+            refused = server.http.get(server.url + THUMBNAIL, params={"folder": "listed", "name": name}, timeout=10)
+            assert refused.status_code == 404, name
         for outside in ("..", "listed/../..", "../output", "/", str(server.base / "output"), "out"):
             refused = server.http.get(server.url + ROUTE, params={"folder": outside}, timeout=10)
             assert refused.status_code == 400, outside

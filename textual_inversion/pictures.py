@@ -1,5 +1,6 @@
 """Pictures between files, Pillow and tensors."""
 
+import io
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +23,6 @@ class PictureInfo(NamedTuple):
     width: int
     """Pixels, after the camera's rotation."""
     height: int
-    orientation: int
-    """EXIF's number for the camera's rotation; 1 where the stored pixels are upright."""
     masked: bool
     """Whether any part is transparent."""
 
@@ -75,7 +74,7 @@ def caption_of(file: Path) -> str:
 
 
 def picture_info(file: Path) -> PictureInfo | None:
-    """Shape, rotation and transparency of a picture file; None for what is no picture.
+    """Shape and transparency of a picture file; None for what is no picture.
 
     Pixels are decoded only where the format says that some may be transparent.
     """
@@ -87,7 +86,23 @@ def picture_info(file: Path) -> PictureInfo | None:
             masked = picture.has_transparency_data and _rgba(picture).getchannel("A").getextrema() != (255, 255)
     except UNREADABLE:
         return None
-    return PictureInfo(width, height, orientation, masked)
+    return PictureInfo(width, height, masked)
+
+
+def thumbnail(file: Path, side: int) -> bytes:
+    """The picture as WebP, upright, at most ``side`` pixels a side.
+
+    Raises UserError for what is no picture.
+    """
+    try:
+        with Image.open(file) as picture:
+            picture.thumbnail((side, side))  # a large JPEG is not even decoded in full
+            small = _rgba(picture)
+    except UNREADABLE as error:
+        raise UserError(f"{file.name} cannot be read as a picture.") from error
+    written = io.BytesIO()
+    small.save(written, "WEBP", quality=80)
+    return written.getvalue()
 
 
 def _rgba(picture: Image.Image) -> Image.Image:

@@ -32,17 +32,6 @@ const NEW_FOLDER = "pictures"; // for pictures dropped while '.', the input fold
 const SIZE = [340, 500]; // of a new node
 const HEIGHT = 200; // of the list with its button, at least: load_images.css has it too
 
-// By EXIF's number for the camera's rotation: thumbnails of /view come as the pixels are stored.
-const UPRIGHT = {
-  2: "scaleX(-1)",
-  3: "rotate(180deg)",
-  4: "scaleY(-1)",
-  5: "rotate(90deg) scaleY(-1)",
-  6: "rotate(90deg)",
-  7: "rotate(270deg) scaleY(-1)",
-  8: "rotate(270deg)",
-};
-
 const isPicture = (file) => file.type.startsWith("image/");
 const isCaption = (file) => file.name.toLowerCase().endsWith(".txt");
 const stem = (name) => name.replace(/\.[^.]*$/, "");
@@ -249,11 +238,9 @@ function freeName(folders) {
   return name;
 }
 
-function makeTile({ name, caption, modified, width, height, orientation, masked }, folder) {
-  const place = { filename: name, subfolder: folder === "." ? "" : folder, type: "input", preview: "webp;70" };
+function makeTile({ name, caption, modified, width, height, masked }, folder) {
   const image = element("img", { alt: name, loading: "lazy", draggable: false });
-  image.style.transform = UPRIGHT[orientation] ?? "";
-  image.src = api.apiURL(`/view?${new URLSearchParams({ ...place, modified })}`);
+  image.src = api.apiURL(`/textual_inversion/thumbnail?${new URLSearchParams({ folder, name, modified })}`);
   const marks = element("div", { className: "ti-marks" });
   const mark = (kind, ariaLabel) => marks.append(element("i", { className: `ti-mark ${kind}`, ariaLabel }));
   if (caption) mark("ti-mark-caption pi pi-align-left", WORDS.captioned);
