@@ -87,7 +87,7 @@ def sheet(rows: dict[str, list[Image.Image]], labels: list[str]) -> Image.Image:
 
 def settings_of(workflow: Path) -> dict[str, Any]:
     """What the workflow's own widgets say, by node type."""
-    return {item["type"]: item["widgets_values"] for item in json.loads(workflow.read_text())["nodes"]}
+    return {item["type"]: item.get("widgets_values") for item in json.loads(workflow.read_text())["nodes"]}
 
 
 def main() -> None:
