@@ -31,6 +31,7 @@ def main() -> None:
         for concept in (ROOT / "demo/concepts").iterdir():
             if concept.is_dir():
                 shutil.copytree(concept / "train", server.base / "input" / concept.name)
+        shutil.copytree(ROOT / "demo/embeddings", server.base / "models/embeddings", dirs_exist_ok=True)
         server.http.post(f"{server.url}/settings", json=SETTINGS, timeout=60).raise_for_status()
         browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1600, "height": 1600})

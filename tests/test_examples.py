@@ -169,11 +169,10 @@ def test_block_is_found_inserted_and_run(page, demo):
     ]
     page.evaluate("nodes => app.loadGraphData({ nodes, links: [], version: 0.4 })", graph)
     page.wait_for_function("app.rootGraph.nodes.length === 3")
-    page.evaluate("app.canvas.ds.reset(); app.canvas.setDirty(true, true)")
-    page.mouse.dblclick(700, 700)
+    page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.type(BLOCK.stem)
-    expect(page.get_by_text(BLOCK.stem, exact=True).first).to_be_visible()
-    page.keyboard.press("Enter")
+    page.get_by_role("option", name=BLOCK.stem).click()
     page.mouse.click(700, 400)  # where to put it
     page.wait_for_function("app.rootGraph.nodes.length === 4")
 
@@ -181,7 +180,7 @@ def test_block_is_found_inserted_and_run(page, demo):
     page.evaluate(
         """(values) => {
             const [loader, report, encode, block] = app.rootGraph.nodes;
-            for (const [name, value] of Object.entries(values)) block.widgets.find((it) => it.name === name).value = value;
+            for (const widget of block.widgets) widget.value = values[widget.name] ?? widget.value;
             const connect = (from, output, to, input) =>
                 from.connect(from.findOutputSlot(output), to, to.findInputSlot(input));
             for (const name of ["model", "clip", "vae"]) connect(loader, name.toUpperCase(), block, name);

@@ -81,3 +81,13 @@ def test_files_can_be_read_everywhere():
     """The registry's checks refuse Python files that Windows' old encoding cannot show."""
     for path in [*ROOT.glob("nodes/*.py"), *ROOT.rglob("textual_inversion/**/*.py"), ROOT / "__init__.py"]:
         path.read_text(encoding="utf-8").encode("cp1252")
+
+
+def test_every_node_has_help_with_its_picture(server):
+    ours = [name for name in server.object_info() if name.startswith("TI_")]
+    for name in ours:
+        page = ROOT / f"web/docs/{name}.md"
+        assert f"![The node]({name}.png)" in page.read_text()
+        address = f"{server.url}/extensions/{server.pack_name}/docs/{name}"
+        for suffix in (".md", ".png"):
+            assert server.http.get(address + suffix, timeout=60).ok
