@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_server import ComfyServer
-from get_browser import browser_path
+from get_browser import MISSING, browser_path
 from in_process import ROOT, import_comfyui, import_folder, import_pack
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
@@ -112,8 +112,10 @@ def server(checkpoints) -> Iterator[ComfyServer]:
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
     """A headless Chromium that asks nobody but this machine."""
+    if (path := browser_path()) is None:
+        pytest.skip(MISSING)
     with sync_playwright() as playwright:
         quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        browser = playwright.chromium.launch(executable_path=browser_path(), args=quiet)
+        browser = playwright.chromium.launch(executable_path=path, args=quiet)
         yield browser
         browser.close()
