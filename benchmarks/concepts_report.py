@@ -25,7 +25,7 @@ SIDE = 96  # pixels of a picture on a contact sheet
 
 
 def write_report(out: Path) -> None:
-    """``report.md``, ``report.json`` with every cell, ``identity.png`` and one sheet a concept, from ``out/cells``."""
+    """``report.md``, ``report.json``, ``identity.png`` and one sheet a concept, from ``out/cells``."""
     cells: Cells = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
     recipes: dict[str, Cells] = {}
     for cell in cells:
@@ -37,9 +37,8 @@ def write_report(out: Path) -> None:
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s) of the CPU a run"
     summary = {name: {key: mean(rows, key) for key in (*MEASURES, "95%", "seconds")} for name, rows in recipes.items()}
-    plain = [{key: value for key, value in cell.items() if key != "settings"} for cell in cells]
-    about = {"date": date.today().isoformat(), "machine": machine, **versions, "recipes": summary, "cells": plain}
-    (out / "report.json").write_text(json.dumps(about) + "\n")
+    about = {"date": date.today().isoformat(), "machine": machine, **versions, "cells": len(cells), "recipes": summary}
+    (out / "report.json").write_text(json.dumps(about, indent=1) + "\n")
     text = [f"# Recipes on the demo model\n\n{about['date']}, {machine}, torch {torch.__version__}.\n", table(recipes)]
     text.append(paired(recipes))
     (out / "report.md").write_text("\n".join(text))

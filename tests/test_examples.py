@@ -89,10 +89,11 @@ def test_a_note_says_what_to_change(path):
 
 @each_workflow
 def test_workflow_draws(path, demo, tmp_path):
-    """As committed, but for the number of steps: `make demo` does all of them, this need not learn well."""
+    """As committed, but for the numbers of steps: `make demo` does all of them, this need not learn or draw well."""
     workflow = read(path)
-    for node in nodes_of(workflow, "TI_Train"):
-        node["widgets_values"][MAIN_FIELDS.index("steps")] = 4
+    for kind, place in (("TI_Train", MAIN_FIELDS.index("steps")), ("KSampler", 2)):
+        for node in nodes_of(workflow, kind):
+            node["widgets_values"][place] = 4
     shorter = tmp_path / path.name
     shorter.write_text(json.dumps(workflow))
     pictures = demo.run_workflow(shorter)["data"]["outputs_by_node"]
