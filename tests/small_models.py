@@ -59,7 +59,8 @@ def randomise(module: torch.nn.Module) -> None:
             continue
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            parameter.copy_(key.endswith("weight") + 0.05 * noise)
+            is_factor = key.endswith(("weight", "scale", "gamma", "running_var"))
+            parameter.copy_(is_factor + 0.05 * noise)
         elif "embedding" in key:
             parameter.copy_(0.3 * noise)
         else:

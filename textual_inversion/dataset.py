@@ -78,9 +78,9 @@ def _crop_middle(image: Tensor, height: int, width: int) -> Tensor:
 class Dataset:
     """What training draws from. Items of different shapes may be mixed; a batch never mixes them."""
 
-    latents: list[Tensor]  # (C, h, w) each, in the model's latent scale
+    latents: list[Tensor]  # (C, h, w) each, in the model's latent scale; of a video model (C, 1, h, w)
     mirrored: list[Tensor]  # the same of the mirrored pictures, or empty
-    masks: list[Tensor]  # (1, h, w) each in 0..1, or empty
+    masks: list[Tensor]  # one channel of a latent each, in 0..1, or empty
     prompts: list[tuple[str, ...]]  # what item i may be called, the word in place
     contexts: list[str]  # trigger of the throw-away word in the prompts of item i, or empty
 
@@ -139,13 +139,13 @@ def make_dataset(
 
 
 def _latent_mask(mask: Tensor, image: Tensor, latent: Tensor, size: int, number: int) -> Tensor:
-    """The mask (1, H, W) as seen by the latent: (1, h, w). It takes the same way as its picture."""
+    """The mask (1, H, W) as seen by the latent: one channel of it. It takes the same way as its picture."""
     full = F.interpolate(mask.reshape(1, 1, *mask.shape[-2:]).float(), tuple(image.shape[1:3]), mode="area")
     fitted = fit(full.movedim(1, -1), size).movedim(-1, 1)  # (1, 1, H', W')
     small = F.interpolate(fitted, tuple(latent.shape[-2:]), mode="area")[0].clamp(0, 1)
     if small.max() <= 0:
         raise UserError(f"Mask {number} is empty at training size: it must be white where to learn.")
-    return small.clone()
+    return small.reshape(1, *[1] * (latent.ndim - 3), *small.shape[-2:]).clone()
 
 
 def training_batches(dataset: Dataset, config: TrainConfig, generator: torch.Generator) -> Iterator[Batch]:

@@ -18,6 +18,22 @@ ENCODERS = (
     "qwen3_4b",
     "qwen3_8b",
     "mistral3_24b",
+    "umt5xxl",
+    "pile_t5xl",
+    "chinese_roberta",
+    "mt5xl",
+    "gemma2_2b",
+    "gemma3_4b",
+    "gemma3_12b",
+    "jina_clip_2",
+    "ministral3_3b",
+    "qwen25_3b",
+    "qwen25_7b",
+    "qwen3_06b",
+    "qwen3_2b",
+    "qwen35_2b",
+    "qwen3vl_8b",
+    "qwen3vl_32b",
 )
 
 

@@ -50,5 +50,5 @@ def best_word(model: DiffusionModel, dataset: Dataset, config: TrainConfig) -> s
 
 def _neutral(vocabulary: Vocabulary) -> Tensor:
     """The direction of the mean token, as long as a word usually is: (1, width)."""
-    mean = vocabulary.vectors.float().mean(0, keepdim=True)
+    mean = vocabulary.mean()[None]
     return (mean / mean.norm() * vocabulary.word_length()).cpu()

@@ -20,17 +20,17 @@ def denoising_loss(
     flow models it is the velocity loss. The weights make it the loss of models that predict v.
 
     Args:
-        denoised: the model's estimate of the clean latents, (B, C, h, w).
-        latents: the clean latents, (B, C, h, w).
+        denoised: the model's estimate of the clean latents, (B, C, h, w), or (B, C, 1, h, w) of a video model.
+        latents: the clean latents, of the same shape.
         sigmas: noise levels, (B,).
         weights: ``DiffusionModel.loss_weights(sigmas)``, (B,).
-        masks: weights in 0..1, (B, 1, h, w); a picture counts the same whatever its mask covers.
+        masks: weights in 0..1, one channel; a picture counts the same whatever its mask covers.
     """
-    error = ((denoised.float() - latents) / sigmas.view(-1, 1, 1, 1)).square()  # (B, C, h, w)
-    error = error * weights.view(-1, 1, 1, 1)
+    per_row = (-1, *[1] * (latents.ndim - 1))
+    error = ((denoised.float() - latents) / sigmas.view(per_row)).square() * weights.view(per_row)  # (B, C, h, w)
     if masks is None:
         return error.mean()
-    per_picture = (error.mean(1, keepdim=True) * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3))  # (B,)
+    per_picture = (error.mean(1, keepdim=True) * masks).flatten(1).sum(1) / masks.flatten(1).sum(1)  # (B,)
     return per_picture.mean()
 
 

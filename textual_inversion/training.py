@@ -134,7 +134,7 @@ def context_words(
     start = {}
     for key, vocabulary in vocabularies.items():
         length = embedding.vectors[key].detach().norm(dim=1).mean()
-        mean = vocabulary.vectors.float().mean(0).to(length)
+        mean = vocabulary.mean().to(length)
         start[key] = (length * mean / mean.norm()).expand(config.context_vectors, -1)
     return [Embedding(trigger, start).trainable() for trigger in dataset.contexts if trigger]
 

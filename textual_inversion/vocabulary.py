@@ -24,6 +24,10 @@ class Vocabulary:
         spelled = {number: word_of(token) for number, token in self.tokens.items()}
         return {number: word for number, word in spelled.items() if word and number < len(self.vectors)}
 
+    def mean(self) -> Tensor:
+        """The mean of all vectors, (width,) float32; no second table is made for it."""
+        return self.vectors.mean(0, dtype=torch.float32)
+
     def word_length(self) -> float:
         """The usual length of a whole word's vector: the median."""
         return self._rows(list(self.words())).norm(dim=1).median().item()
@@ -73,11 +77,12 @@ def initial_embedding(
                 f"{trigger!r} is a word the text encoder knows already and would lose: choose a new one, "
                 f"such as '{trigger}-x' or '<{trigger}>'."
             )
-        rows = vocabulary.vectors.float().mean(0, keepdim=True)
         if initializer:
             ids = vocabulary.encode(initializer)
             if not ids:
                 raise UserError(f"The initializer {initializer!r} holds no word: write one, or leave it empty.")
             rows = vocabulary.vectors[ids].float()
+        else:
+            rows = vocabulary.mean()[None]
         start[key] = resample(rows.cpu(), vectors)
     return Embedding(trigger, start)

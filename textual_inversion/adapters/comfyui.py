@@ -1,12 +1,12 @@
 """The MODEL, CLIP and VAE of a ComfyUI graph as a DiffusionModel."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_management
-import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import torch
@@ -31,6 +31,21 @@ def _pytorch_attention(_original, *args, **kwargs):
 def _storage(token) -> int | None:
     """Where a row of vectors lies; None for the number of a token."""
     return token.untyped_storage().data_ptr() if torch.is_tensor(token) else None
+
+
+def _alike(inputs: list[dict[str, Any]]) -> list[list[int]]:
+    """Rows that can be one batch, by the rules of ComfyUI's samplers: most take no prompts of unequal length."""
+
+    def joins(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        return one.keys() == other.keys() and all(part.can_concat(other[name]) for name, part in one.items())
+
+    groups: list[list[int]] = []
+    for row, parts in enumerate(inputs):
+        group = next((group for group in groups if joins(parts, inputs[group[0]])), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(row)
+    return groups
 
 
 class ComfyModel:
@@ -63,6 +78,7 @@ class ComfyModel:
             network, encoder = self._patcher.model, self._clip.cond_stage_model
             stack.enter_context(ordinary_weights(network))
             stack.enter_context(ordinary_weights(encoder))
+            stack.enter_context(mutable_residuals(network))
             stack.enter_context(mutable_residuals(encoder))
             if self._checkpointing:
                 stack.enter_context(checkpointed_blocks(network.diffusion_model))
@@ -99,11 +115,12 @@ class ComfyModel:
 
     def check_prompts(self, prompts: Sequence[str], *words: Embedding) -> None:
         clip = with_words(self._clip, *words)
-        for word in words:
-            ours = {vectors.untyped_storage().data_ptr() for vectors in word.vectors.values()}
-            for prompt in dict.fromkeys(prompts):
-                for sections in clip.tokenize(prompt).values():
-                    counts = [sum(_storage(token[0]) in ours for token in section) for section in sections]
+        for prompt in dict.fromkeys(prompts):
+            sections = [section for encoder in clip.tokenize(prompt).values() for section in encoder]
+            rows = [Counter(_storage(token[0]) for token in section) for section in sections]
+            for word in words:
+                for vectors in word.vectors.values():
+                    counts = [row[_storage(vectors)] for row in rows]
                     # A repeated word gives multiples; a word torn apart gives fractions.
                     if not any(counts) or any(count % word.count for count in counts):
                         raise does_not_fit(word.count, prompt)
@@ -115,18 +132,19 @@ class ComfyModel:
 
         Call it outside ``with model:``: ComfyUI may move other models away to load the VAE.
         """
-        latent_format = self._patcher.model.latent_format
+        latent_format: Any = self._patcher.get_model_object("latent_format")
+        channels, dimensions = latent_format.latent_channels, latent_format.latent_dimensions
         latents = []
         for image in images:
             with torch.inference_mode():
-                encoded = self._vae.encode(image)  # (1, C, h, w)
-            if encoded.ndim != 4 or encoded.shape[1] != latent_format.latent_channels:
+                encoded = self._vae.encode(image)  # (1, C, h, w), of a video model (1, C, 1, h, w)
+            if encoded.ndim != dimensions + 2 or encoded.shape[1] != channels:
                 raise UserError(
-                    f"The VAE makes latents of shape {tuple(encoded.shape)}, the MODEL takes "
-                    f"{latent_format.latent_channels} channels: connect the VAE that belongs to the MODEL."
+                    f"The VAE makes latents of shape {tuple(encoded.shape)}, the MODEL takes {channels} channels "
+                    f"and {dimensions} dimensions: connect the VAE that belongs to the MODEL."
                 )
             with torch.inference_mode(False):
-                latents.append(self._patcher.model.process_latent_in(encoded.clone().float().cpu())[0])
+                latents.append(latent_format.process_in(encoded.clone().float().cpu())[0])
         return latents
 
     def encode_prompts(self, prompts: Sequence[str], *words: Embedding) -> Conditioning:
@@ -158,31 +176,46 @@ class ComfyModel:
         return self._patcher.model.model_sampling.noise_scaling(sigmas, noise, latents)
 
     def denoise(self, noised: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
-        model = self._patcher.model
-        rows = []
-        for row, condition in enumerate(conditioning):
-            parts = model.extra_conds(
-                **condition,
-                noise=noised[row : row + 1],
-                device=noised.device,
-                width=noised.shape[-1] * 8,
-                height=noised.shape[-2] * 8,
-                prompt_type="positive",
-            )
-            rows.append({name: part.process_cond(batch_size=1, area=None) for name, part in parts.items()})
-        options = {
-            **self._patcher.model_options["transformer_options"],
+        inputs = [self._inputs(noised[row : row + 1], condition) for row, condition in enumerate(conditioning)]
+        denoised: dict[int, Tensor] = {}
+        for rows in _alike(inputs):
+            out = self._apply(noised[rows], sigmas[rows], comfy.samplers.cond_cat([inputs[row] for row in rows]))
+            denoised |= zip(rows, out.split(1), strict=True)
+        return torch.cat([denoised[row] for row in range(len(inputs))])
+
+    def _inputs(self, noised: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        """What the network takes besides latents and noise level, made from a row's conditioning as samplers do."""
+        (encoded,) = comfy.samplers.encode_model_conds(
+            self._patcher.model.extra_conds,
+            [{**condition, "model_conds": {}}],
+            noised,
+            noised.device,
+            "positive",
+            latent_image=torch.zeros_like(noised),
+            denoise_mask=None,
+        )
+        return {name: part.process_cond(batch_size=1, area=None) for name, part in encoded["model_conds"].items()}
+
+    def _apply(self, noised: Tensor, sigmas: Tensor, inputs: dict[str, Any]) -> Tensor:
+        options: dict[str, Any] = self._patcher.model_options
+        inputs["transformer_options"] = {
+            **options["transformer_options"],
             "optimized_attention_override": _pytorch_attention,
-            "cond_or_uncond": [0],
+            "cond_or_uncond": [0] * len(noised),
             "sigmas": sigmas,
         }
-        inputs = comfy.samplers.cond_cat(rows)
-        return model.apply_model(noised, sigmas, **inputs, transformer_options=options)
+        apply = self._patcher.model.apply_model
+        if wrapper := options.get("model_function_wrapper"):  # other packs' nodes, as samplers call it
+            return wrapper(apply, {"input": noised, "timestep": sigmas, "c": inputs, "cond_or_uncond": [0]})
+        return apply(noised, sigmas, **inputs)
 
     def loss_weights(self, sigmas: Tensor) -> Tensor:
-        # The error of v is that of the clean latents over sqrt(1 - abar), where sigma^2 = (1 - abar) / abar.
-        predicts_v = isinstance(self._patcher.model.model_sampling, comfy.model_sampling.V_PREDICTION)
-        return 1 + sigmas**2 if predicts_v else torch.ones_like(sigmas)
+        # Denoised latents are linear in what the network predicts. Their slope turns the error of the
+        # one into the error of the other, whatever is predicted: noise, velocity, v or the latents.
+        none, one = (torch.full((len(sigmas), 1, 1, 1), value, device=sigmas.device) for value in (0.0, 1.0))
+        denoised = self._patcher.model.model_sampling.calculate_denoised
+        slope = denoised(sigmas, one, none) - denoised(sigmas, none, none)
+        return (sigmas / slope.flatten()) ** 2
 
     def check_fit(self, latent: Tensor, prompt: str, embedding: Embedding) -> None:
         """One forward pass that tells whether CLIP and MODEL belong together. Raises UserError."""
@@ -225,4 +258,5 @@ class ComfyModel:
             disable_pbar=True,
             seed=seed,
         )
-        return self._vae.decode(samples).clamp(0, 1).cpu()
+        pictures = self._vae.decode(samples)
+        return pictures.reshape(-1, *pictures.shape[-3:])[:1].clamp(0, 1).cpu()  # of a video, the first one

@@ -45,19 +45,19 @@ def _ordinary(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def mutable_residuals(module: nn.Module) -> Iterator[None]:
-    """Lets text encoders add to their residual stream in place (``x += attention(norm(x))``).
+    """Lets transformers add to their residual stream in place (``x += attention(norm(x))``).
 
-    The norm has saved ``x`` for its backward pass when ``x`` changes. Giving every innermost module
-    a copy of its input makes that harmless. Where an in-place change still spoils a saved tensor,
-    autograd raises an error; no gradient becomes silently wrong.
+    The norm has saved ``x`` for its backward pass when ``x`` changes. Giving every norm a copy of its
+    input makes that harmless; frozen linear layers save none. Where an in-place change still spoils a
+    saved tensor, autograd raises an error; no gradient becomes silently wrong.
     """
 
     def copy_input(_module, args, kwargs):
         args = tuple(_copied(value) for value in args)
         return args, {name: _copied(value) for name, value in kwargs.items()}
 
-    innermost = [part for part in module.modules() if next(part.children(), None) is None]
-    handles = [part.register_forward_pre_hook(copy_input, with_kwargs=True) for part in innermost]
+    norms = [part for part in module.modules() if "Norm" in type(part).__name__]
+    handles = [part.register_forward_pre_hook(copy_input, with_kwargs=True) for part in norms]
     try:
         yield
     finally:
@@ -110,9 +110,11 @@ def _recomputed(forward, *args, **kwargs):
 
 
 def _fresh(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
     if isinstance(value, dict):
         return dict(value)
-    return _copied(value)
+    return type(value)(map(_fresh, value)) if type(value) in (list, tuple) else value
 
 
 @contextmanager

@@ -1,0 +1,217 @@
+"""Every model family at small width, trained through ComfyUI's own classes (families.py).
+
+What holds of a family here is what docs/models.md says of it: the last test compares the two.
+"""
+
+import gc
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, Family, build
+from in_process import ROOT
+from ti_pack.textual_inversion import Embedding, TrainConfig, formats, initial_embedding, train
+from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
+from ti_pack.textual_inversion.adapters.comfyui_words import embedding_keys, with_words
+from ti_pack.textual_inversion.dataset import Batch, fixed_batches, make_dataset
+from ti_pack.textual_inversion.objective import batch_loss
+from ti_test_pack import weights_hash
+
+DOCS = ROOT / "docs/models.md"
+VERIFIED: dict[str, set[str]] = defaultdict(set)  # checks that a family passed, for the table
+MARKS = ("<!-- begin: written by tests/test_families.py -->", "<!-- end -->")
+PROMPTS = ("a photo of {}", "{} on the beach", "a close-up photo of a {} at night")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """At these widths threads cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+def family(request) -> Family:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def graph(family, tmp_path_factory):
+    """MODEL, CLIP and VAE of a family, and the folder of its embeddings."""
+    folder = tmp_path_factory.mktemp("embeddings")
+    yield *build(family, embeddings=str(folder)), folder
+    gc.collect()  # some are half a gigabyte
+
+
+def pictures(family: Family, count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(1, family.size, family.size, 3, generator=generator) for _ in range(count)]
+
+
+def prepared(family: Family, model: ComfyModel, config: TrainConfig, count: int = 2):
+    return make_dataset(model.encode_images, pictures(family, count), [], [], config)
+
+
+def moved(model: ComfyModel, count: int = 2) -> Embedding:
+    """A word beside the one it starts from, where no gradient happens to be zero."""
+    generator = torch.Generator().manual_seed(3)
+    word = initial_embedding(model.vocabularies(), "S*", "toy", count)
+    return word._map(lambda rows: rows + 0.1 * torch.randn(rows.shape, generator=generator)).trainable()
+
+
+def gradients(family: Family, graph, checkpointing: bool = False) -> tuple[list[torch.Tensor], Embedding, Batch]:
+    config = TrainConfig(context_vectors=0, batch_size=2)
+    model = ComfyModel(*graph[:3], checkpointing)
+    batch = fixed_batches(prepared(family, model, config), config)[0]
+    with model:
+        word = moved(model)
+        loss = batch_loss(model, [word], batch)
+        return list(torch.autograd.grad(loss, list(word.parameters()))), word, batch
+
+
+def slope(model: ComfyModel, word: Embedding, batch: Batch, vectors: torch.Tensor, direction, step: float) -> float:
+    """Of the loss along ``direction``: central differences of two steps, extrapolated (Richardson)."""
+
+    @torch.no_grad()
+    def difference(step: float) -> float:
+        start = vectors.clone()
+        vectors.copy_(start + step * direction)
+        above = batch_loss(model, [word], batch).item()
+        vectors.copy_(start - step * direction)
+        below = batch_loss(model, [word], batch).item()
+        vectors.copy_(start)
+        return (above - below) / (2 * step)
+
+    return (4 * difference(step / 2) - difference(step)) / 3
+
+
+def test_keys(family, graph):
+    """Every encoder that is loaded and sees the word is trained, under the key that ComfyUI looks up."""
+    assert tuple(embedding_keys(graph[1])) == family.keys
+    VERIFIED[family.name].add("keys")
+
+
+def test_gradient(family, graph):
+    """Against finite differences, float32. Small steps drown in rounding, large ones in curvature."""
+    found, word, batch = gradients(family, graph)
+    model = ComfyModel(*graph[:3])
+    with model:
+        loss = batch_loss(model, [word], batch).item()
+        for vectors, gradient in zip(word.parameters(), found, strict=True):
+            size = gradient.norm().item()
+            assert size > 0
+            # Along the gradient the difference is largest. A step changes the loss by this share of it.
+            steps = (share * loss / size for share in (1e-3, 5e-4, 2e-4, 1e-4))
+            errors = (slope(model, word, batch, vectors, gradient / size, step) / size - 1 for step in steps)
+            assert any(abs(error) < 1e-3 for error in errors)
+    VERIFIED[family.name].add("gradient")
+
+
+def test_checkpointing(family, graph):
+    """Recomputing the blocks changes no gradient."""
+    plain, recomputed = (gradients(family, graph, checkpointing)[0] for checkpointing in (False, True))
+    for one, other in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    VERIFIED[family.name].add("checkpointing")
+
+
+def test_training(family, graph):
+    """20 steps on one picture lower the loss on fixed noise; MODEL, CLIP and VAE are bit for bit what they were."""
+    before = weights_hash(graph[0].model, graph[1].cond_stage_model, graph[2].first_stage_model)
+    config = TrainConfig(initializer="toy", steps=20, batch_size=1, context_vectors=0)
+    model = ComfyModel(*graph[:3])
+    dataset = prepared(family, model, config, 1)
+    with model:
+        word = initial_embedding(model.vocabularies(), config.trigger, config.initializer, 1)
+        steps = list(train(model, word.trainable(), dataset, config))
+    assert steps[-1].best_loss < steps[0].best_loss
+    assert all(not torch.equal(steps[-1].best.vectors[key], start) for key, start in word.vectors.items())
+    assert weights_hash(graph[0].model, graph[1].cond_stage_model, graph[2].first_stage_model) == before
+    VERIFIED[family.name].add("training")
+
+
+def test_preview(family, graph):
+    """ComfyUI's own sampler draws with the word."""
+    model = ComfyModel(*graph[:3])
+    shape = prepared(family, model, TrainConfig(), 1).latents[0].shape
+    with torch.inference_mode():
+        drawn = model.generate("a photo of S*", initial_embedding(model.vocabularies(), "S*", "", 1), shape, 0, 2, 4.0)
+    assert drawn.shape == (1, family.size, family.size, 3)
+    assert torch.isfinite(drawn).all()
+    VERIFIED[family.name].add("preview")
+
+
+def test_file(family, graph):
+    """A saved file means to stock ComfyUI, bit for bit, what Apply Embedding makes of it; or does not reach it."""
+    _, clip, _, folder = graph
+    generator = torch.Generator().manual_seed(5)
+    keys = embedding_keys(clip)
+    word = Embedding("S*", {key: torch.randn(2, width, generator=generator) for key, width in keys.items()})
+    formats.write(word, folder / "same.safetensors")
+    again = formats.read(folder / "same.safetensors").renamed("S*")
+    assert list(again.fitted(keys).vectors) == list(word.vectors)
+    ours = with_words(clip, again)
+    for prompt in PROMPTS:
+        applied = encoded(ours, prompt.replace("{}", "S*"))
+        assert not same(applied, encoded(clip, prompt.replace("{}", "S*")))
+        if family.stock:
+            assert same(applied, encoded(clip, prompt.replace("{}", "embedding:same")))
+        else:
+            with suppress(RuntimeError, TypeError, ValueError):  # some tokenizers fail on any embedding
+                assert not same(applied, encoded(clip, prompt.replace("{}", "embedding:same")))
+    VERIFIED[family.name].add("file")
+
+
+def encoded(clip, prompt: str) -> list[torch.Tensor]:
+    """All tensors of the conditioning of a prompt."""
+    with torch.inference_mode():
+        found = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True, return_dict=True)
+    return [found[name] for name in sorted(found) if torch.is_tensor(found[name])]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def test_bfloat16(family, graph):
+    """In bf16 the gradient points where it does in float32."""
+    exact, rounded = (gradients(family, parts)[0] for parts in (graph, build(family, torch.bfloat16)))
+    for one, other in zip(exact, rounded, strict=True):
+        assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
+    VERIFIED[family.name].add("bf16")
+
+
+CHECKS = ("keys", "gradient", "checkpointing", "bf16", "training", "preview", "file")
+
+
+def table() -> str:
+    """What was verified, as docs/models.md has it."""
+    lines = [
+        "| family | keys (width) | `embedding:NAME` without this pack | network made small by | verified | limits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        clip = family.tokenizer(tokenizer_data=family.tokenizer_data())
+        widths = {part.embedding_key: part.embedding_size for part in vars(clip).values() if hasattr(part, "inv_vocab")}
+        keys = ", ".join(f"`{key}` ({widths[key]})" for key in family.keys)
+        loader = "ComfyUI's loader" if family.loader else "its class"
+        passed = [check for check in CHECKS if check in VERIFIED[family.name]]
+        verified = "all" if len(passed) == len(CHECKS) else ", ".join(passed)
+        stock = "yes, bit for bit" if family.stock else "no: *Apply Embedding* only"
+        lines.append(f"| {family.name} | {keys} | {stock} | {loader} | {verified} | {family.limits} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_docs_say_what_was_verified():
+    if set(VERIFIED) != {family.name for family in FAMILIES} or any(len(VERIFIED[f.name]) < 2 for f in FAMILIES):
+        pytest.skip("needs all tests of this file")
+    text = DOCS.read_text(encoding="utf-8")
+    start, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
+    if text[start:end] != (found := f"\n{table()}"):
+        DOCS.write_text(text[:start] + found + text[end:], encoding="utf-8")
+        pytest.fail("docs/models.md did not say what these tests found. It does now: read and commit it.")
