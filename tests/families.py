@@ -33,6 +33,10 @@ from comfy.ldm.wan.vae import WanVAE
 from comfy.supported_models_base import ClipTarget
 from comfy.taesd.taesd import TAESD
 from small_models import UNET, randomise
+from ti_pack.textual_inversion import Embedding, TrainConfig, initial_embedding
+from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
+from ti_pack.textual_inversion.dataset import Batch, Dataset, fixed_batches, make_dataset
+from ti_pack.textual_inversion.objective import batch_loss
 
 CLIP = {"num_hidden_layers": 3, "num_attention_heads": 4}
 CLIP_L = CLIP | {"hidden_size": 32, "intermediate_size": 64}
@@ -593,17 +597,27 @@ FAMILIES = [
 ]
 
 
-def build(family: Family, dtype: torch.dtype = torch.float32, embeddings: str | None = None) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE of a family, as loader nodes give them: made under inference mode, float32."""
+def build(
+    family: Family,
+    dtype: torch.dtype = torch.float32,
+    embeddings: str | None = None,
+    encoder_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE of a family as loader nodes give them, made under inference mode.
+
+    ``embeddings`` is the folder that stock ComfyUI looks for ``embedding:NAME`` in.
+    """
     with torch.inference_mode():
-        return _model(family, dtype), _clip(family, dtype, embeddings), comfy.sd.VAE(sd=family.vae())
+        clip = _clip(family, encoder_dtype or dtype, embeddings)
+        return _model(family, dtype, seed), clip, comfy.sd.VAE(sd=family.vae())
 
 
-def _model(family: Family, dtype: torch.dtype):
+def _model(family: Family, dtype: torch.dtype, seed: int):
     config = family.model({**family.unet, "dtype": dtype})
     config.set_inference_dtype(dtype, None)
     network = config.get_model(dict(family.marks), "")
-    randomise(network.diffusion_model)
+    randomise(network.diffusion_model, seed)
     if not family.loader:
         cpu = torch.device("cpu")
         return comfy.model_patcher.CoreModelPatcher(network, load_device=cpu, offload_device=cpu)
@@ -624,3 +638,67 @@ def _clip(family: Family, dtype: torch.dtype, embeddings: str | None):
     )
     randomise(clip.cond_stage_model)
     return clip
+
+
+def pictures(family: Family, count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(1, family.size, family.size, 3, generator=generator) for _ in range(count)]
+
+
+def prepared(family: Family, model: ComfyModel, config: TrainConfig, count: int = 2) -> Dataset:
+    """Random pictures as a data set."""
+    return make_dataset(model.encode_images, pictures(family, count), [], [], config)
+
+
+def moved(model: ComfyModel, count: int = 2) -> Embedding:
+    """A word beside the one it starts from, where no gradient happens to be zero."""
+    generator = torch.Generator().manual_seed(3)
+    word = initial_embedding(model.vocabularies(), "S*", "toy", count)
+    return word._map(lambda rows: rows + 0.1 * torch.randn(rows.shape, generator=generator)).trainable()
+
+
+def gradients(family: Family, graph, checkpointing: bool = False) -> tuple[list[torch.Tensor], Embedding, Batch]:
+    """Of the loss of a fixed batch by the vectors of a word, with the two."""
+    config = TrainConfig(context_vectors=0, batch_size=2)
+    model = ComfyModel(*graph[:3], checkpointing)
+    batch = fixed_batches(prepared(family, model, config), config)[0]
+    with model:
+        word = moved(model)
+        loss = batch_loss(model, [word], batch)
+        return list(torch.autograd.grad(loss, list(word.parameters()))), word, batch
+
+
+def slope(model: ComfyModel, word: Embedding, batch: Batch, vectors: torch.Tensor, direction, step: float) -> float:
+    """Of the loss along ``direction``: central differences of two steps, extrapolated (Richardson)."""
+
+    @torch.no_grad()
+    def difference(step: float) -> float:
+        start = vectors.clone()
+        vectors.copy_(start + step * direction)
+        above = batch_loss(model, [word], batch).item()
+        vectors.copy_(start - step * direction)
+        below = batch_loss(model, [word], batch).item()
+        vectors.copy_(start)
+        return (above - below) / (2 * step)
+
+    return (4 * difference(step / 2) - difference(step)) / 3
+
+
+def agrees(graph, word: Embedding, batch: Batch, gradients: list[torch.Tensor]) -> bool:
+    """Whether finite differences find every gradient within 0.1%.
+
+    Along the gradient the difference is largest. Small steps drown in rounding, large ones in curvature:
+    of four one has to agree.
+    """
+    model = ComfyModel(*graph[:3])
+    with model:
+        loss = batch_loss(model, [word], batch).item()
+        for vectors, gradient in zip(word.parameters(), gradients, strict=True):
+            size = gradient.norm().item()
+            if size == 0:
+                return False
+            steps = (share * loss / size for share in (1e-3, 5e-4, 2e-4, 1e-4))
+            slopes = (slope(model, word, batch, vectors, gradient / size, step) for step in steps)
+            if not any(abs(slope / size - 1) < 1e-3 for slope in slopes):
+                return False
+    return True

@@ -51,9 +51,9 @@ def write_checkpoint(name: str, path: Path) -> None:
     save_file({key: value.detach().contiguous() for key, value in state.items()}, path)
 
 
-def randomise(module: torch.nn.Module) -> None:
+def randomise(module: torch.nn.Module, seed: int = 0) -> None:
     """Seeded weights of a size that keeps activations and gradients in a normal range."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for key, parameter in module.state_dict().items():
         if not parameter.is_floating_point() or parameter.ndim == 0:
             continue

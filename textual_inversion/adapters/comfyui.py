@@ -8,16 +8,23 @@ from typing import Any
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.sample
+import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ..embedding import Embedding
 from ..errors import UserError, does_not_fit
 from ..vocabulary import Vocabulary
-from .comfyui_autograd import checkpointed_blocks, mutable_residuals, ordinary_weights, training_flag
+from .comfyui_autograd import (
+    checkpointed_blocks,
+    differentiable_products,
+    mutable_residuals,
+    ordinary_weights,
+    training_flag,
+)
 from .comfyui_words import embedding_keys, vocabularies, with_words
 
 Conditioning = list[dict[str, Any]]
@@ -64,6 +71,7 @@ class ComfyModel:
         self._vae = vae
         self._checkpointing = gradient_checkpointing
         self._contexts = ExitStack()
+        self._options: dict[str, Any] = {}
 
     # Loading ------------------------------------------------------------------------------------
 
@@ -76,15 +84,21 @@ class ComfyModel:
                 [self._patcher, self._clip.patcher], memory_required=int(1e20), force_full_load=True
             )
             network, encoder = self._patcher.model, self._clip.cond_stage_model
-            stack.enter_context(ordinary_weights(network))
-            stack.enter_context(ordinary_weights(encoder))
-            stack.enter_context(mutable_residuals(network))
-            stack.enter_context(mutable_residuals(encoder))
+            for module in (network, encoder):
+                for context in (ordinary_weights, differentiable_products, mutable_residuals):
+                    stack.enter_context(context(module))
             if self._checkpointing:
                 stack.enter_context(checkpointed_blocks(network.diffusion_model))
             stack.enter_context(training_flag())
             stack.callback(self._patcher.cleanup)
             self._patcher.pre_run()
+            # What other nodes have put around the network, ready as for a sampler.
+            self._options = create_model_options_clone(self._patcher.model_options)
+            comfy.sampler_helpers.prepare_model_patcher(self._patcher, {}, self._options)
+            comfy.samplers.cast_to_load_options(self._options, self.device, self._patcher.model_dtype())
+            if self._options["transformer_options"].keys() & {"patches", "patches_replace"}:
+                # FreeU, for one, changes in place what autograd has saved. This copies it first.
+                stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
             self._contexts = stack.pop_all()
         return self
 
@@ -197,15 +211,14 @@ class ComfyModel:
         return {name: part.process_cond(batch_size=1, area=None) for name, part in encoded["model_conds"].items()}
 
     def _apply(self, noised: Tensor, sigmas: Tensor, inputs: dict[str, Any]) -> Tensor:
-        options: dict[str, Any] = self._patcher.model_options
         inputs["transformer_options"] = {
-            **options["transformer_options"],
+            **self._options["transformer_options"],
             "optimized_attention_override": _pytorch_attention,
             "cond_or_uncond": [0] * len(noised),
             "sigmas": sigmas,
         }
         apply = self._patcher.model.apply_model
-        if wrapper := options.get("model_function_wrapper"):  # other packs' nodes, as samplers call it
+        if wrapper := self._options.get("model_function_wrapper"):  # other packs' nodes, as samplers call it
             return wrapper(apply, {"input": noised, "timestep": sigmas, "c": inputs, "cond_or_uncond": [0]})
         return apply(noised, sigmas, **inputs)
 

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 from torch.utils.dlpack import from_dlpack
 
@@ -36,11 +38,47 @@ def ordinary_weights(module: nn.Module) -> Iterator[None]:
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
-    try:
-        view = from_dlpack(tensor.detach())
-    except (BufferError, RuntimeError, TypeError):  # DLPack has no name for some dtypes, fp8 for one
-        view = tensor.detach().clone()
+    """The same memory, outside inference mode."""
+    kind: Any = type(tensor)
+    if is_traceable_wrapper_subclass(tensor):  # ComfyUI's quantised tensors: numbers and their scales
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: _ordinary(getattr(tensor, name)) for name in names}
+        view = kind.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+    elif kind in (Tensor, nn.Parameter):
+        view = _same_memory(tensor)
+    else:  # the bytes of a GGUF file, and attributes that say how to read them
+        view = _same_memory(tensor.as_subclass(Tensor)).as_subclass(kind)
+        vars(view).update(vars(tensor))
     return nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
+
+
+def _same_memory(tensor: Tensor) -> Tensor:
+    if tensor.dtype.itemsize == 1:  # DLPack has no name for every 8-bit float
+        return from_dlpack(tensor.detach().view(torch.uint8)).view(tensor.dtype)
+    return from_dlpack(tensor.detach())
+
+
+# Quantised layouts whose product knows no backward pass: ComfyUI's kernels take their weights one way round only.
+WITHOUT_BACKWARD = {"TensorCoreConvRotW4A4Layout"}
+
+
+@contextmanager
+def differentiable_products(module: nn.Module) -> Iterator[None]:
+    """Makes ComfyUI dequantise weights whose quantised product has no backward pass."""
+    parts = [part for part in module.modules() if getattr(part, "layout_type", None) in WITHOUT_BACKWARD]
+    before = [part.weight_function for part in parts]
+    try:
+        for part, functions in zip(parts, before, strict=True):
+            part.weight_function = [*functions, _same]  # type: ignore[assignment,misc]
+        yield
+    finally:
+        for part, functions in zip(parts, before, strict=True):
+            part.weight_function = functions
+
+
+def _same(weight: Tensor) -> Tensor:
+    """ComfyUI hands every function of a weight plain numbers."""
+    return weight
 
 
 @contextmanager

@@ -1,0 +1,241 @@
+"""Weights as people have them: every precision ComfyUI loads, and models that other nodes have changed."""
+
+import json
+from dataclasses import replace
+
+import comfy.model_management
+import comfy.sd
+import comfy_extras.nodes_freelunch
+import comfy_extras.nodes_model_advanced
+import comfy_extras.nodes_model_merging
+import pytest
+import torch
+import torch.nn.functional as F
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from comfy.weight_adapter.lora import LoRAAdapter
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from families import FAMILIES, _flux, agrees, build, gradients
+from ti_pack.textual_inversion.adapters.comfyui_autograd import ordinary_weights
+from ti_pack.textual_inversion.adapters.comfyui_words import vocabularies
+from ti_test_pack import weights_hash
+from torch import nn
+
+FLUX = next(family for family in FAMILIES if family.name == "Flux.1 dev")
+WIDE = _flux(hidden_size=256, num_heads=2)  # some formats take blocks of 256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def flux():
+    family = replace(FLUX, unet=WIDE)
+    return family, build(family)
+
+
+@pytest.fixture(scope="module")
+def state(flux) -> dict[str, torch.Tensor]:
+    return flux[1][0].model.diffusion_model.state_dict()
+
+
+def matrices(state) -> list[str]:
+    """Names of the layers that quantised checkpoints have quantised."""
+    return [
+        key[: -len(".weight")]
+        for key, value in state.items()
+        if "blocks" in key and key.endswith("weight") and value.ndim == 2
+    ]
+
+
+def load(state, metadata=None, **options):
+    with torch.inference_mode():
+        state = {key: value.clone() for key, value in state.items()}
+        return comfy.sd.load_diffusion_model_state_dict(state, model_options=options, metadata=metadata)
+
+
+def quantised(state, format: str):
+    """A checkpoint of ComfyUI's mixed precision."""
+    state, layers = dict(state), {}
+    layout = QUANT_ALGOS[format]["comfy_tensor_layout"]
+    for layer in matrices(state):
+        weight = state.pop(f"{layer}.weight").to(torch.bfloat16)
+        state |= QuantizedTensor.from_float(weight, layout, scale="recalculate").state_dict(f"{layer}.weight")
+        layers[layer] = {"format": format}
+    return load(state, {"_quantization_metadata": json.dumps({"layers": layers})})
+
+
+def scaled(state):
+    """A checkpoint of scaled fp8, as they came before."""
+    state = dict(state) | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for layer in matrices(state):
+        weight = state[f"{layer}.weight"]
+        state[f"{layer}.scale_weight"] = weight.abs().max().reshape(1) / 448
+        state[f"{layer}.weight"] = (weight / state[f"{layer}.scale_weight"]).to(torch.float8_e4m3fn)
+    return load(state)
+
+
+KINDS = {
+    "float16": lambda state: load({key: value.half() for key, value in state.items()}),
+    "bfloat16": lambda state: load({key: value.bfloat16() for key, value in state.items()}),
+    "weights float8_e4m3fn": lambda state: load(state, dtype=torch.float8_e4m3fn),
+    "weights float8_e5m2": lambda state: load(state, dtype=torch.float8_e5m2),
+    "scaled float8": scaled,
+} | {format: lambda state, format=format: quantised(state, format) for format in QUANT_ALGOS}
+
+
+ROUNDS_ITS_INPUT = {"int8_tensorwise"}  # a staircase, of which differences say nothing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_through_the_weights_of(kind, flux, state):
+    """Right for the network as it is, and near that of the exact weights. What is loaded stays as it is."""
+    family, graph = flux
+    changed = (KINDS[kind](state), *graph[1:])
+    before = weights_hash(changed[0].model)
+    found, word, batch = gradients(family, changed)
+    assert kind in ROUNDS_ITS_INPUT or agrees(changed, word, batch, found)
+    for one, other in zip(found, gradients(family, graph)[0], strict=True):
+        assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.9
+    assert weights_hash(changed[0].model) == before
+
+
+@pytest.mark.parametrize("format", ["float8_e4m3fn", "float8_e5m2", "nvfp4"])
+def test_gradient_where_the_device_multiplies_quantised_numbers(format, flux, state, monkeypatch):
+    """ComfyUI then quantises what comes in as well and has its own backward pass."""
+    for support in ("supports_fp8_compute", "supports_nvfp4_compute"):
+        monkeypatch.setattr(comfy.model_management, support, lambda *_args, **_options: True)
+    family, graph = flux
+    found = gradients(family, (quantised(state, format), *graph[1:]))[0]
+    for one, other in zip(found, gradients(family, graph)[0], strict=True):
+        assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.95
+
+
+def test_gradient_with_fast_fp8(flux, state, monkeypatch):
+    """Load Diffusion Model's fp8_e4m3fn_fast."""
+    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda *_args, **_options: True)
+    family, graph = flux
+    fast = load(state, dtype=torch.float8_e4m3fn, fp8_optimizations=True)
+    exact = load(state, dtype=torch.float8_e4m3fn)
+    for one, other in zip(*(gradients(family, (model, *graph[1:]))[0] for model in (fast, exact)), strict=True):
+        assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_gradient_through_text_encoders_of(dtype, flux):
+    family, graph = flux
+    changed = (graph[0], build(family, encoder_dtype=dtype)[1], graph[2])
+    before = weights_hash(changed[1].cond_stage_model)
+    found, word, batch = gradients(family, changed)
+    assert agrees(changed, word, batch, found)
+    assert weights_hash(changed[1].cond_stage_model) == before
+    for vocabulary in vocabularies(changed[1]).values():
+        assert torch.isfinite(vocabulary.mean()).all()
+        assert vocabulary.nearest(vocabulary.vectors[vocabulary.encode("dog")[0]], 1)[0][0] == "dog"
+
+
+def with_lora(model):
+    """A LoRA on every matrix of the blocks."""
+    model, generator, patches = model.clone(), torch.Generator().manual_seed(1), {}
+    for layer in matrices(model.model.diffusion_model.state_dict()):
+        part = model.model.diffusion_model.get_submodule(layer)
+        up = torch.randn(part.out_features, 2, generator=generator) * 0.2
+        down = torch.randn(2, part.in_features, generator=generator) * 0.2
+        patches[f"diffusion_model.{layer}.weight"] = LoRAAdapter(set(), (up, down, 1.0, None, None, None))
+    assert set(model.add_patches(patches)) == set(patches)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["float16", "weights float8_e4m3fn", "scaled float8", "float8_e4m3fn"])
+def test_gradient_with_a_lora_on_weights_of(kind, flux, state):
+    family, graph = flux
+    plain = KINDS[kind](state)
+    before = weights_hash(plain.model)
+    changed = (with_lora(plain), *graph[1:])
+    found, word, batch = gradients(family, changed)
+    assert agrees(changed, word, batch, found)
+    without = gradients(family, (plain, *graph[1:]))[0]
+    assert all(
+        F.cosine_similarity(a.flatten(), b.flatten(), dim=0) < 0.999 for a, b in zip(found, without, strict=True)
+    )
+    comfy.model_management.unload_all_models()
+    assert weights_hash(plain.model) == before
+
+
+def freeu(model):
+    return comfy_extras.nodes_freelunch.FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2)[0]
+
+
+def sampling(kind: str, zsnr: bool):
+    return lambda model: comfy_extras.nodes_model_advanced.ModelSamplingDiscrete().patch(model, kind, zsnr)[0]
+
+
+def compiled(model):
+    """What the torch.compile node does, with a backend that needs no C++ compiler and no minute."""
+    model = model.clone()
+    set_torch_compile_wrapper(model, backend="aot_eager")
+    return model
+
+
+def merged(model):
+    other = build(next(family for family in FAMILIES if family.name == "SD1"), seed=7)[0]
+    return comfy_extras.nodes_model_merging.ModelMergeSimple().merge(model, other, 0.5)[0]
+
+
+def wrapped(model):
+    """A node that changes what the network predicts."""
+    model = model.clone()
+    model.set_model_unet_function_wrapper(
+        lambda apply, given: 1.1 * apply(given["input"], given["timestep"], **given["c"])
+    )
+    return model
+
+
+NODES = {
+    "FreeU": freeu,
+    "ModelSamplingDiscrete, v, zsnr": sampling("v_prediction", True),
+    "ModelSamplingDiscrete, lcm": sampling("lcm", False),
+    "ModelSamplingDiscrete, x0": sampling("x0", False),
+    "torch.compile": compiled,
+    "ModelMergeSimple": merged,
+    "a function around the network": wrapped,
+}
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_gradient_after_the_node(node):
+    """Of the model as the node has changed it: another loss, and its gradient."""
+    family = next(family for family in FAMILIES if family.name == "SD1")
+    graph = build(family)
+    changed = (NODES[node](graph[0]), *graph[1:])
+    found, word, batch = gradients(family, changed)
+    assert agrees(changed, word, batch, found)
+    plain = gradients(family, graph)[0]
+    alike = all(torch.allclose(one, other, rtol=1e-3) for one, other in zip(found, plain, strict=True))
+    assert alike == (node == "torch.compile")
+
+
+class Described(torch.Tensor):
+    """Bytes with attributes that say what they mean, as the loaders of GGUF files have them."""
+
+    def detach(self):
+        return self
+
+
+def test_weights_with_attributes_keep_them():
+    with torch.inference_mode():
+        weight = torch.arange(6, dtype=torch.uint8).as_subclass(Described)
+        weight.meaning = "Q8_0"
+        layer = nn.Module()
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    before = layer.weight
+    with ordinary_weights(layer):
+        assert isinstance(layer.weight, Described)
+        assert layer.weight.meaning == "Q8_0"
+        assert not layer.weight.is_inference()
+        assert layer.weight.data_ptr() == before.data_ptr()
+    assert layer.weight is before
