@@ -93,6 +93,8 @@ class TrainingRun:
             self.live.tell("finishing", message=ended or self.live.record.message)
             origin = repr(config.initializer) if resume is None else "the embedding given"
             text = report(model, dataset, config, start, step, origin, ended)
+        if not model.reads_files:
+            text += "\nComfyUI looks for no embedding:NAME with this text encoder: use Load and Apply Embedding."
         self._draw(model, learned, dataset, step.number)
         self.file.remove()
         return learned, f"{text}\n{time.perf_counter() - started:.0f} s, previews included."

@@ -5,8 +5,10 @@ import re
 
 import pytest
 from comfyui_server import ComfyServer
+from families import FAMILIES, build
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 NODE_IDS = {
     "TI_LoadImages",
@@ -201,6 +203,35 @@ def test_learning_workflow(server, model):
     assert again.history["outputs"].get("hash") == reference.history["outputs"]["hash"] == outputs["hash"]
     server.free()
     assert picture_of(server, server.run(ordinary_graph(model))) == picture_of(server, reference)
+
+
+def test_separate_loaders(server):
+    """Flux at small width in fp8, network, text encoders and VAE each from a loader of its own."""
+    family = next(family for family in FAMILIES if family.name == "Flux.1 dev")
+    network, _, vae = build(family)
+    parts = {"diffusion_models/flux": network.model.diffusion_model.state_dict(), "vae/flux": vae.get_sd()}
+    for name, state in parts.items():
+        (server.base / "models" / name).parent.mkdir(exist_ok=True)
+        save_file({key: value.clone() for key, value in state.items()}, server.base / f"models/{name}.safetensors")
+    graph = learning_graph(steps=4)
+    graph["load"] = node("UNETLoader", unet_name="flux.safetensors", weight_dtype="fp8_e4m3fn")
+    graph["clip"] = node("TIT_FluxClip")
+    graph["vae"] = node("VAELoader", vae_name="flux.safetensors")
+    graph["latent"]["class_type"] = "EmptySD3LatentImage"
+    own = {"clip": ["clip", 0], "vae": ["vae", 0]}
+    for part in graph.values():
+        part["inputs"] |= {name: link for name, link in own.items() if part["inputs"].get(name, ["", 0])[0] == "load"}
+    outputs = (run := server.run(graph)).history["outputs"]
+    (prompt,) = outputs["save"]["text"]
+    with safe_open(server.base / f"models/embeddings/{prompt.removeprefix('embedding:')}.safetensors", "pt") as file:
+        assert {key: tuple(file.get_tensor(key).shape) for key in file.keys()} == {"clip_l": (1, 32), "t5xxl": (1, 64)}  # noqa: SIM118
+        assert file.metadata()["base_model"] == "flux.safetensors"
+    for name in ("images", "settings", "train", "save", "plot", "previews", "report", "apply"):
+        del graph[name]
+    graph["positive"]["inputs"] |= {"clip": ["clip", 0], "text": f"a photo of {prompt} in the snow"}
+    stock = server.run(graph)
+    assert picture_of(server, stock) == picture_of(server, run)
+    assert stock.history["outputs"]["hash"] == outputs["hash"]
 
 
 def test_formats_of_other_tools(server):

@@ -41,6 +41,9 @@ def report(
     ]
     for key, vocabulary in model.vocabularies().items():
         vectors = word.vectors[key]
+        if last.best_number and torch.equal(vectors, start.vectors[key]):
+            lines.append(f"{key} changes nothing in this model's pictures: its vectors are those of {origin}.")
+            continue
         usual = vocabulary.word_length()
         length = vectors.norm(dim=1).mean().item()
         near = ", ".join(f"{name} {cosine:.2f}" for name, cosine in vocabulary.nearest(vectors.mean(0), 5))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ from .config import TrainConfig
 from .dataset import Batch, Dataset, fixed_batches, training_batches
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
+from .memory import make_room
 from .objective import batch_loss, mean_loss
 from .optimizers import make_optimizer
 from .state import TrainState
@@ -59,8 +60,8 @@ def train(
 
     Raises:
         UserError: a prompt of the dataset has no room for the words.
-        TrainingError: no gradient reached the vectors, or the very first loss is not finite.
-        TrainingStopped: loss or gradient became NaN later; the last step's ``best`` is good.
+        TrainingError: no gradient reached the vectors, the very first loss is not finite, or memory ran out.
+        TrainingStopped: loss or gradient became NaN, or memory ran out, later; the last step's ``best`` is good.
     """
     generator = torch.Generator().manual_seed(config.seed)
     batches = training_batches(dataset, config, generator)
@@ -69,6 +70,7 @@ def train(
     words = [embedding, *contexts]
     _check_prompts(model, embedding, contexts, dataset)
     optimizer = make_optimizer(embedding, contexts, config)
+    make_room(model, words, fixed, config.batch_size)
 
     average = [word.snapshot() for word in words]
     loss = mean_loss(model, words, fixed)
@@ -88,10 +90,9 @@ def train(
     yield Step(at.number, at.loss, 0.0, fixed_loss, at.best, at.best_number, at.best_loss, at)
 
     while at.number < config.steps and not (config.patience and _idle(at, config) >= config.patience):
-        loss = 0.0
-        for batch in islice(batches, config.accumulation):
-            loss += _backward(model, words, batch, config.accumulation)
-        _check_gradients(model, embedding, loss, at.number + 1)
+        drawn = list(islice(batches, config.accumulation))
+        loss = _gradients(model, words, drawn, at.number + 1)
+        _check_gradients(model, words, drawn[0], loss, at.number + 1)
         learning_rate = config.learning_rate * learning_rate_factor(at.number, config)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -162,6 +163,23 @@ def learning_rate_factor(done: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def _gradients(model: DiffusionModel, words: Sequence[Embedding], batches: Sequence[Batch], number: int) -> float:
+    """The mean loss of ``batches``; its gradient is in the vectors. What runs out of memory is tried again once."""
+    for _ in range(2):
+        for vectors in (vectors for word in words for vectors in word.parameters()):
+            vectors.grad = None
+        try:
+            return sum(_backward(model, words, batch, len(batches)) for batch in batches)
+        except torch.OutOfMemoryError:
+            if not model.recompute():
+                break
+    message = (
+        f"Out of memory at step {number}, though activations are recomputed: make size smaller, or batch_size, "
+        "for which accumulation (Textual Inversion Settings) makes up."
+    )
+    raise TrainingStopped(message) if number > 1 else TrainingError(message)
+
+
 def _backward(model: DiffusionModel, words: Sequence[Embedding], batch: Batch, parts: int) -> float:
     """Adds the gradient of one of ``parts`` batches and returns its share of the loss.
 
@@ -188,10 +206,11 @@ def _check_prompts(model: DiffusionModel, embedding: Embedding, contexts: list[E
         model.check_prompts(prompts, embedding, *([by_trigger[context]] if context else []))
 
 
-def _check_gradients(model: DiffusionModel, embedding: Embedding, loss: float, number: int) -> None:
-    gradients = {key: vectors.grad for key, vectors in embedding.vectors.items()}
+def _check_gradients(model: DiffusionModel, words: Sequence[Embedding], batch: Batch, loss: float, number: int) -> None:
+    gradients = {key: vectors.grad for key, vectors in words[0].vectors.items()}
     missing = [key for key, gradient in gradients.items() if gradient is None or not gradient.any()]
-    if number == 1 and missing:
+    # A model may ignore one of its encoders. One that it heeds, but without a gradient, is cut off.
+    if number == 1 and missing and (len(missing) == len(gradients) or _heeds(model, words, batch, missing)):
         raise TrainingError(
             f"No gradient reached the vectors of {' and '.join(missing)}: the attention in use, "
             f"{model.attention_backend}, cuts it off. Use PyTorch's attention "
@@ -201,3 +220,11 @@ def _check_gradients(model: DiffusionModel, embedding: Embedding, loss: float, n
     if not (math.isfinite(loss) and finite):
         message = f"The loss became NaN at step {number}: lower the learning rate."
         raise TrainingStopped(message) if number > 1 else TrainingError(message)
+
+
+@torch.no_grad()
+def _heeds(model: DiffusionModel, words: Sequence[Embedding], batch: Batch, keys: Sequence[str]) -> bool:
+    """Whether the loss changes with the word's vectors of these encoders."""
+    turned = {key: -vectors if key in keys else vectors for key, vectors in words[0].vectors.items()}
+    other = batch_loss(model, [replace(words[0], vectors=turned), *words[1:]], batch).item()
+    return not math.isclose(batch_loss(model, words, batch).item(), other, rel_tol=1e-6)

@@ -6,10 +6,13 @@ Loaded by the real server, and imported by tests that use ComfyUI's classes in p
 import hashlib
 
 import comfy.model_base
+import comfy.sd
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import comfy.text_encoders.flux
+import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
 
@@ -177,9 +180,30 @@ class FailingModel(io.ComfyNode):
         return io.NodeOutput(model)
 
 
+class FluxClip(io.ComfyNode):
+    """Flux's text encoders, small: ComfyUI's loaders know text encoders by their full width."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="TIT_FluxClip", outputs=[io.Clip.Output()])
+
+    @classmethod
+    def execute(cls):
+        target = comfy.supported_models_base.ClipTarget(
+            comfy.text_encoders.flux.FluxTokenizer, comfy.text_encoders.flux.flux_clip()
+        )
+        t5 = {"d_ff": 64, "d_kv": 16, "d_model": 64, "num_heads": 4, "num_layers": 2}
+        options = {"clip_l_model_config": _clip_config(WIDTH, "quick_gelu"), "t5xxl_model_config": t5}
+        clip = comfy.sd.CLIP(target, folder_paths.get_folder_paths("embeddings"), model_options=options)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in clip.cond_stage_model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.ndim == 1))
+        return io.NodeOutput(clip)
+
+
 class TestNodes(ComfyExtension):
     async def get_node_list(self):
-        return [HashWeights, FailingModel]
+        return [HashWeights, FailingModel, FluxClip]
 
 
 async def comfy_entrypoint():

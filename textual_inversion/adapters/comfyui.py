@@ -1,5 +1,6 @@
 """The MODEL, CLIP and VAE of a ComfyUI graph as a DiffusionModel."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,7 @@ from .comfyui_autograd import (
     ordinary_weights,
     training_flag,
 )
-from .comfyui_words import embedding_keys, vocabularies, with_words
+from .comfyui_words import embedding_keys, reads_files, vocabularies, with_words
 
 Conditioning = list[dict[str, Any]]
 
@@ -79,10 +80,7 @@ class ComfyModel:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            # As core's Train LoRA does: everything else may leave the device, these two stay whole.
-            comfy.model_management.load_models_gpu(
-                [self._patcher, self._clip.patcher], memory_required=int(1e20), force_full_load=True
-            )
+            self._load()
             network, encoder = self._patcher.model, self._clip.cond_stage_model
             for module in (network, encoder):
                 for context in (ordinary_weights, differentiable_products, mutable_residuals):
@@ -101,6 +99,26 @@ class ComfyModel:
                 stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
             self._contexts = stack.pop_all()
         return self
+
+    def _load(self) -> None:
+        """As core's Train LoRA does: everything else may leave the device, these two stay whole.
+
+        A weight that comes and goes would be another one, or none, when the backward pass needs it.
+        """
+        patchers = [self._patcher, self._clip.patcher]
+        try:
+            comfy.model_management.load_models_gpu(patchers, memory_required=int(1e20), force_full_load=True)
+            whole = all(patcher.loaded_size() >= patcher.model_size() for patcher in patchers)
+        except torch.OutOfMemoryError:
+            whole = False
+        if not whole:
+            needed, free = (
+                f"{size / 2**30:.1f} GB" for size in (sum(p.model_size() for p in patchers), self.free_memory())
+            )
+            raise UserError(
+                f"Training keeps the whole MODEL and CLIP on {self.device}, {needed}, of which not all was loaded; "
+                f"{free} are free. Close other programs, take fp8 weights, or start ComfyUI without --novram."
+            )
 
     def __exit__(self, *_exception) -> None:
         self._contexts.close()
@@ -121,6 +139,26 @@ class ComfyModel:
     @property
     def attention_backend(self) -> str:
         return comfy.ldm.modules.attention.optimized_attention.__name__.removeprefix("attention_")
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether ComfyUI without this pack takes ``embedding:NAME`` with this CLIP."""
+        return reads_files(self._clip)
+
+    def free_memory(self) -> float:
+        return float(comfy.model_management.get_free_memory(self.device))  # type: ignore[arg-type]
+
+    def weights(self) -> list[Tensor]:
+        return [*self._patcher.model.parameters(), *self._clip.cond_stage_model.parameters()]
+
+    def recompute(self) -> bool:
+        if self._checkpointing:
+            return False
+        self._checkpointing = True
+        self._contexts.enter_context(checkpointed_blocks(self._patcher.model.diffusion_model))
+        comfy.model_management.soft_empty_cache()
+        logging.info("Textual inversion: memory is short, activations are recomputed (gradient checkpointing).")
+        return True
 
     # The word -----------------------------------------------------------------------------------
 

@@ -126,6 +126,11 @@ def embedding_keys(clip: CLIP) -> dict[str, int]:
     return keys
 
 
+def reads_files(clip: CLIP) -> bool:
+    """Whether ComfyUI itself looks for ``embedding:NAME`` in the prompts of this CLIP."""
+    return all(encoder.tokenizer.embedding_directory is not None for encoder in text_encoders(clip))
+
+
 def with_words(clip: CLIP, *embeddings: Embedding) -> CLIP:
     """A copy of ``clip`` in which the trigger of each embedding stands for its vectors.
 

@@ -1,6 +1,7 @@
 """A diffusers pipeline as a DiffusionModel, for scripts and clusters without ComfyUI."""
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -151,6 +152,22 @@ class DiffusersModel:
     @property
     def attention_backend(self) -> str:
         return type(next(iter(self._network.attn_processors.values()))).__name__
+
+    def free_memory(self) -> float:
+        if self.device.type != "cuda":
+            return math.inf
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + unused
+
+    def weights(self) -> list[Tensor]:
+        encoders = (getattr(self._pipeline, slot) for slot in self._encoders)
+        return [weight for module in (self._network, *encoders) for weight in module.parameters()]
+
+    def recompute(self) -> bool:
+        if self._network.is_gradient_checkpointing:
+            return False
+        self._network.enable_gradient_checkpointing()
+        return True
 
     # The word -----------------------------------------------------------------------------------
 

@@ -23,6 +23,19 @@ class DiffusionModel(Protocol):
         """Name of the attention in use, for error messages."""
         ...
 
+    def free_memory(self) -> float:
+        """Bytes of the device that are free; infinite where nobody knows."""
+        ...
+
+    def weights(self) -> list[Tensor]:
+        """The tensors that are loaded anyway."""
+        ...
+
+    def recompute(self) -> bool:
+        """From now on the network's blocks are computed anew in the backward pass instead of kept (gradient
+        checkpointing): less memory, half as much time again, the same gradients. False if they were already."""
+        ...
+
     def vocabularies(self) -> dict[str, Vocabulary]:
         """What each text encoder knows already, by its key."""
         ...

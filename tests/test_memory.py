@@ -1,0 +1,143 @@
+"""Training in little memory: the estimate, what happens when it runs out, and models that are not wholly loaded."""
+
+from dataclasses import replace
+
+import comfy.model_management
+import pytest
+import torch
+from families import FAMILIES, _flux, build, prepared
+from ti_pack.textual_inversion import TrainConfig, TrainingError, TrainingStopped, UserError, initial_embedding, train
+from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
+from ti_pack.textual_inversion.dataset import fixed_batches
+from ti_pack.textual_inversion.memory import kept_bytes
+from ti_pack.textual_inversion.objective import batch_loss
+from ti_pack.textual_inversion.report import report
+
+FLUX = next(family for family in FAMILIES if family.name == "Flux.1 dev")
+SD1 = next(family for family in FAMILIES if family.name == "SD1")
+CONFIG = TrainConfig(initializer="toy", steps=4, batch_size=2, context_vectors=0)
+
+
+def learn(family, graph, config=CONFIG):
+    model = ComfyModel(*graph)
+    dataset = prepared(family, model, config)
+    with model:
+        start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, 1)
+        steps = list(train(model, start.trainable(), dataset, config))
+        return model, steps, report(model, dataset, config, start, steps[-1], "'toy'")
+
+
+def runs_out(graph, calls):
+    """The graph with a MODEL that runs out of memory in these calls of its attention."""
+    count = iter(range(10**9))
+
+    def patch(q, k, v, _options):
+        if next(count) in calls:
+            raise torch.OutOfMemoryError("the test's memory ends here")
+        return q, k, v
+
+    model = graph[0].clone()
+    model.set_model_attn2_patch(patch)
+    return (model, *graph[1:])
+
+
+def attention_calls(graph) -> list[int]:
+    """Calls of the attention by the end of each step of a run; the first is what comes before it."""
+    count = [0]
+
+    def patch(q, k, v, _options):
+        count[0] += 1
+        return q, k, v
+
+    model = graph[0].clone()
+    model.set_model_attn2_patch(patch)
+    ours = ComfyModel(model, *graph[1:])
+    dataset = prepared(SD1, ours, CONFIG)
+    with ours:
+        start = initial_embedding(ours.vocabularies(), CONFIG.trigger, CONFIG.initializer, 1)
+        return [count[0] for _ in train(ours, start.trainable(), dataset, CONFIG)]
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return build(SD1)
+
+
+@pytest.fixture(scope="module")
+def calls(graph):
+    return attention_calls(graph)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_out_of_memory_is_tried_again_recomputing(graph, calls, step):
+    plain = learn(SD1, graph)[1][-1]
+    model, steps, _ = learn(SD1, runs_out(graph, {calls[step - 1]}))
+    assert not model.recompute()  # it does already
+    assert [step.number for step in steps] == list(range(CONFIG.steps + 1))
+    torch.testing.assert_close(steps[-1].best.vectors, plain.best.vectors, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("step", "error"), [(1, TrainingError), (3, TrainingStopped)])
+def test_out_of_memory_for_good_says_what_to_do(graph, calls, step, error):
+    with pytest.raises(error, match=rf"Out of memory at step {step}.*make size smaller.*accumulation"):
+        learn(SD1, runs_out(graph, range(calls[step - 1], 10**9)))
+
+
+def kept(family, graph, rows: int, checkpointing: bool = False) -> int:
+    model = ComfyModel(*graph, checkpointing)
+    batch = fixed_batches(prepared(family, model, CONFIG), CONFIG)[0]
+    batch = replace(
+        batch,
+        latents=batch.latents[:1].expand(rows, *batch.latents.shape[1:]),
+        noise=batch.noise[:1].expand(rows, *batch.noise.shape[1:]),
+        prompts=batch.prompts[:1] * rows,
+        quantiles=batch.quantiles[:1].expand(rows),
+    )
+    with model:
+        word = initial_embedding(model.vocabularies(), "S*", "toy", 1).trainable()
+        return kept_bytes(lambda: batch_loss(model, [word], batch), model.weights())
+
+
+@pytest.mark.parametrize("family", [SD1, FLUX], ids=lambda family: family.name)
+def test_estimate_counts_what_grows_with_the_batch(family):
+    graph = build(family)
+    one, two, four = (kept(family, graph, rows) for rows in (1, 2, 4))
+    assert 0 < one < two < four
+    assert four - two == pytest.approx(2 * (two - one), rel=0.01)
+    assert kept(family, graph, 4, checkpointing=True) < four / 2
+
+
+def test_estimate_holds_the_weights_for_there_already():
+    weight = torch.nn.Parameter(torch.randn(100, 100), requires_grad=False)
+    x = torch.randn(1, 100, requires_grad=True)
+    assert kept_bytes(lambda: (x @ weight).sum(), []) == weight.nbytes
+    assert kept_bytes(lambda: (x @ weight).sum(), [weight]) == 0
+    assert kept_bytes(lambda: (x * x).exp(), []) == 2 * x.nbytes  # x once, and the result
+
+
+@pytest.mark.parametrize(("free", "recomputes"), [(2**40, False), (1000, True)])
+def test_little_memory_recomputes_from_the_first_step(graph, monkeypatch, free, recomputes):
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_args, **_options: free)
+    model, _, _ = learn(SD1, graph)
+    assert model.recompute() != recomputes
+
+
+def test_a_model_that_is_not_wholly_loaded_is_refused(graph, monkeypatch):
+    """As with --novram: weights would come and go under the backward pass."""
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda _device: False)
+    monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
+    comfy.model_management.unload_all_models()
+    with pytest.raises(UserError, match=r"keeps the whole MODEL and CLIP on cpu.*without --novram"), ComfyModel(*graph):
+        pass
+    monkeypatch.undo()
+    comfy.model_management.unload_all_models()
+    assert learn(SD1, graph)[1]
+
+
+def test_an_encoder_that_the_model_ignores_keeps_its_vectors():
+    """Flux's network without its input for CLIP's pooled output: the file still has to have CLIP's vectors."""
+    family = replace(FLUX, unet=_flux(vec_in_dim=None))
+    _, steps, text = learn(family, build(family))
+    moved = {key: not torch.equal(rows, steps[0].best.vectors[key]) for key, rows in steps[-1].best.vectors.items()}
+    assert moved == {"clip_l": False, "t5xxl": True}
+    assert "clip_l changes nothing in this model's pictures: its vectors are those of 'toy'." in text
