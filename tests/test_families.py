@@ -103,7 +103,9 @@ def test_sampling(family, graph):
     assert torch.isfinite(drawn).all()
     with torch.inference_mode(False), model, torch.no_grad():
         for latents, sigmas, sampled in seen:
-            ours = model.denoise(latents.clone(), sigmas.clone(), model.encode_prompts(["a photo of S*"], word))
+            # Encoded together with others, of the same length and another.
+            conditioning = model.encode_prompts(["S*", "a photo of S*", "a photo of a S* at night"], word)[1:2]
+            ours = model.denoise(latents.clone(), sigmas.clone(), conditioning)
             torch.testing.assert_close(ours, sampled.clone(), rtol=1e-4, atol=1e-4)
     VERIFIED[family.name].add("sampling")
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from ti_pack.textual_inversion import Embedding, UserError, formats
-from ti_pack.textual_inversion.adapters.comfyui_words import embedding_keys, with_words
+from ti_pack.textual_inversion.adapters.comfyui_encoding import encode
+from ti_pack.textual_inversion.adapters.comfyui_words import embedding_keys, text_encoders, with_words
 
 
 @pytest.fixture
@@ -124,3 +125,29 @@ def test_strength_scales_the_vectors(graph, word):
     embedding = word("S*")
     for key, vectors in embedding.scaled(0.5).vectors.items():
         assert torch.equal(vectors, embedding.vectors[key] * 0.5)
+
+
+def test_prompts_encoded_together_are_what_each_is_alone(graph, word):
+    """One pass through an encoder for all prompts of one length; weights are ComfyUI's to work out."""
+    clip = with_words(graph.clip, word("S*"))
+    prompts = [
+        "a photo of S*",
+        "S* on the beach",
+        "a photo of S*",
+        "S* and more" * 40,
+        "a (photo of S*:1.3) in the snow",
+    ]
+    passes = []
+    encoders = [encoder.model.transformer for encoder in text_encoders(clip)]
+    handles = [part.register_forward_hook(lambda *_args: passes.append(1)) for part in encoders]
+    with torch.no_grad():
+        together = encode(clip, prompts)
+        # two of 77 tokens with one of several times that, cut into sections of 77; one with weights
+        assert len(passes) == 2 * len(encoders)
+        for prompt, found in zip(prompts, together, strict=True):
+            alone = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True, return_dict=True)
+            torch.testing.assert_close(found["cross_attn"], alone["cond"], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found["pooled_output"], alone["pooled_output"], rtol=1e-5, atol=1e-5)
+    for handle in handles:
+        handle.remove()
+    assert not any("encode" in vars(encoder.model) for encoder in text_encoders(clip))

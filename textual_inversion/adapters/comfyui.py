@@ -26,6 +26,7 @@ from .comfyui_autograd import (
     ordinary_weights,
     training_flag,
 )
+from .comfyui_encoding import encode
 from .comfyui_words import embedding_keys, reads_files, vocabularies, with_words
 
 Conditioning = list[dict[str, Any]]
@@ -200,22 +201,7 @@ class ComfyModel:
         return latents
 
     def encode_prompts(self, prompts: Sequence[str], *words: Embedding) -> Conditioning:
-        """Each distinct prompt is encoded once, the way ``CLIP.encode_from_tokens`` does."""
-        clip = with_words(self._clip, *words)
-        encoder = clip.cond_stage_model
-        encoder.reset_clip_options()
-        if clip.layer_idx is not None:
-            encoder.set_clip_options({"layer": clip.layer_idx})
-        encoder.set_clip_options({"execution_device": clip.patcher.load_device})
-        encoded = {}
-        for prompt in dict.fromkeys(prompts):
-            cross_attn, pooled, *extra = encoder.encode_token_weights(clip.tokenize(prompt))
-            encoded[prompt] = {
-                "cross_attn": cross_attn,
-                "pooled_output": pooled,
-                **(extra[0] if extra else {}),
-            }
-        return [encoded[prompt] for prompt in prompts]
+        return encode(with_words(self._clip, *words), prompts)
 
     def text_outputs(self, prompts: Sequence[str], *words: Embedding) -> list[Tensor]:
         return [encoded["cross_attn"][0] for encoded in self.encode_prompts(prompts, *words)]

@@ -94,21 +94,26 @@ class TextEncoder(NamedTuple):
     """A text encoder of a CLIP that prompts reach token by token."""
 
     slot: str  # attribute of the tokenizer
+    name: str  # of its tokens among a prompt's
     key: str  # of its vectors in embedding files
     tokenizer: SDTokenizer
-    table: nn.Embedding
+    model: SDClipModel
+
+    @property
+    def table(self) -> nn.Embedding:
+        return self.model.transformer.get_input_embeddings()  # type: ignore[operator,return-value]
 
 
 def text_encoders(clip: CLIP) -> list[TextEncoder]:
     """The text encoders that are there: a tokenizer may bring parts whose encoder is not loaded, or has none."""
     found = []
     for slot, part in vars(clip.tokenizer).items():
-        # A part of the tokenizer has the name of its encoder, some with "clip_" in front.
-        names = (slot, slot.removeprefix("clip_"))
-        encoder = next((e for name in names if (e := getattr(clip.cond_stage_model, name, None)) is not None), None)
-        if isinstance(part, SDTokenizer) and isinstance(encoder, SDClipModel):
-            table: Any = encoder.transformer.get_input_embeddings()
-            found.append(TextEncoder(slot, part.embedding_key, part, table))
+        # A part of the tokenizer has the name of its encoder, some with "clip_" in front; tokens go by the short one.
+        name = slot.removeprefix("clip_")
+        models = (getattr(clip.cond_stage_model, named, None) for named in (slot, name))
+        model = next((model for model in models if isinstance(model, SDClipModel)), None)
+        if isinstance(part, SDTokenizer) and model is not None:
+            found.append(TextEncoder(slot, name, part.embedding_key, part, model))
     return found
 
 

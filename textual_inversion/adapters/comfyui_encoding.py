@@ -1,0 +1,95 @@
+"""Prompts through the text encoders of a CLIP: as ComfyUI encodes them, but all at once."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from comfy.sd import CLIP
+from comfy.sd1_clip import SDClipModel
+from torch import Tensor
+
+from .comfyui_words import text_encoders
+
+Row = list[Any]  # the tokens of a section: numbers, and vectors in their midst
+
+
+def encode(clip: CLIP, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """The conditioning of each prompt, differentiable; distinct ones are encoded once.
+
+    Families differ in what they do with the outputs of their encoders. So their own code runs for every
+    prompt, as in ``CLIP.encode_from_tokens``; it finds the encoders' outputs made already, in one pass
+    for all prompts of one length.
+    """
+    encoder: Any = clip.cond_stage_model
+    encoder.reset_clip_options()
+    if clip.layer_idx is not None:
+        encoder.set_clip_options({"layer": clip.layer_idx})
+    encoder.set_clip_options({"execution_device": clip.patcher.load_device})
+    tokens = {prompt: clip.tokenize(prompt) for prompt in dict.fromkeys(prompts)}
+    encoded = {}
+    with ExitStack() as stack:
+        for part in text_encoders(clip):
+            sections = [section for parts in tokens.values() for section in _unweighted(parts.get(part.name, []))]
+            stack.enter_context(_encoded(part.model, sections))
+        for prompt, parts in tokens.items():
+            cross_attn, pooled, *extra = encoder.encode_token_weights(parts)
+            encoded[prompt] = {"cross_attn": cross_attn, "pooled_output": pooled, **(extra[0] if extra else {})}
+    return [encoded[prompt] for prompt in prompts]
+
+
+def _unweighted(sections: Sequence[Sequence[tuple]]) -> list[Row]:
+    """The tokens of a prompt's sections; none where it has weights, which ComfyUI encodes against an empty prompt."""
+    if any(weight != 1.0 for section in sections for _, weight in section):
+        return []
+    return [[token for token, _ in section] for section in sections]
+
+
+@contextmanager
+def _encoded(model: SDClipModel, rows: Sequence[Row]) -> Iterator[None]:
+    """Inside, ``model`` knows its outputs for ``rows``."""
+    groups: dict[int, dict[tuple, Row]] = {}
+    for row in rows:
+        groups.setdefault(len(row), {})[_identity(row)] = row
+    known: dict[tuple, list[Any]] = {}
+    for group in groups.values():
+        known |= zip(group, _split(model.encode(list(group.values()))), strict=True)
+
+    before = vars(model).get("encode")  # another pack may have put one there
+    plain = model.encode
+
+    def encode(rows: Sequence[Row]) -> Any:
+        outputs = [known.get(_identity(row)) for row in rows]
+        return plain(rows) if None in outputs else [_joined(parts) for parts in zip(*outputs, strict=True)]  # type: ignore[arg-type]
+
+    model.encode = encode  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del vars(model)["encode"]
+        if before is not None:
+            vars(model)["encode"] = before
+
+
+def _identity(row: Row) -> tuple:
+    """Tells rows apart: the same numbers, and the very same vectors."""
+    return tuple(id(token) if torch.is_tensor(token) else token for token in row)
+
+
+def _split(outputs: Any) -> list[list[Any]]:
+    """An encoder's outputs (tensors, None, dicts of tensors), row by row."""
+    count = len(outputs[0])
+    return [[_row(part, number) for part in outputs] for number in range(count)]
+
+
+def _row(part: Any, number: int) -> Any:
+    if isinstance(part, dict):
+        return {name: _row(value, number) for name, value in part.items()}
+    return part[number : number + 1] if isinstance(part, Tensor) else part
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """The reverse of ``_row`` for all rows."""
+    if isinstance(parts[0], dict):
+        return {name: _joined([part[name] for part in parts]) for name in parts[0]}
+    return torch.cat(list(parts)) if isinstance(parts[0], Tensor) else parts[0]
