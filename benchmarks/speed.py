@@ -161,16 +161,15 @@ class ThroughComfyUI:
         )
 
     def text_step(self, model, case: Case) -> Step:
-        """ComfyUI encodes prompts one by one."""
-        from ti_pack.textual_inversion.adapters.comfyui_words import with_words
+        """The distinct prompts of a batch in one pass, tokenised before."""
+        from ti_pack.textual_inversion.adapters.comfyui_words import text_encoders, with_words
 
         word = initial_embedding(model.vocabularies(), "S*", "toy", 1).trainable()
-        clip: Any = with_words(model._clip, word)
-        texts = cycle(
-            [[clip.tokenize(p) for p in dict.fromkeys(batch.prompts)] for batch in islice(case.batches(), 32)]
-        )
-        encode = clip.cond_stage_model.encode_token_weights
-        return lambda: backward(torch.cat([encode(text)[0] for text in next(texts)]), list(word.parameters()))
+        clip = with_words(model._clip, word)
+        (encoder,) = text_encoders(clip)
+        batches = [[clip.tokenize(p) for p in dict.fromkeys(batch.prompts)] for batch in islice(case.batches(), 32)]
+        rows = cycle([[[token for token, _ in text[encoder.name][0]] for text in batch] for batch in batches])
+        return lambda: backward(encoder.model.encode(next(rows))[0], list(word.parameters()))
 
 
 class ThroughDiffusers:

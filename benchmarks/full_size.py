@@ -1,0 +1,118 @@
+"""What training takes through ComfyUI at full size: SD1.5 and SDXL with random weights, float32, on a CPU.
+
+    python benchmarks/full_size.py SD1 --size 256 512
+    python benchmarks/full_size.py SDXL --size 512 --batch 1 --repeats 3      (20 GB of memory)
+
+Seconds a step (median), the memory of MODEL and CLIP loaded, and what the training loop takes above it
+at its peak; without and with gradient checkpointing. Linux only.
+"""
+# pyright: reportMissingImports=false
+# (demo/, tests/ and the pack come onto the path at run time)
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "tests")]
+
+from in_process import import_comfyui, import_pack  # noqa: E402
+from speed import peak_memory, resident  # noqa: E402
+
+UNET = {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False}
+UNET |= {"use_temporal_attention": False, "use_checkpoint": False, "model_channels": 320}
+SIZES = {
+    "SD1": UNET
+    | {
+        "num_res_blocks": [2, 2, 2, 2],
+        "channel_mult": [1, 2, 4, 4],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        "transformer_depth_middle": 1,
+        "context_dim": 768,
+        "num_heads": 8,
+        "num_head_channels": -1,
+        "adm_in_channels": None,
+        "use_linear_in_transformer": False,
+    },
+    "SDXL": UNET
+    | {
+        "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        "transformer_depth_middle": 10,
+        "context_dim": 2048,
+        "num_head_channels": 64,
+        "num_classes": "sequential",
+        "adm_in_channels": 2816,
+        "use_linear_in_transformer": True,
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=SIZES)
+    parser.add_argument("--size", type=int, nargs="+", default=[256], help="pixels a side")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5, help="steps to take the median of")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="comfyui-") as base:
+        import_pack()
+        import_comfyui(Path(base))
+        from families import FAMILIES, build
+
+        family = next(family for family in FAMILIES if family.name == args.model)
+        before = resident("VmRSS")
+        graph = build(replace(family, unet=SIZES[args.model], encoders={}))
+        loaded = (resident("VmRSS") - before) / 2**30
+        print(f"{args.model}, float32, {torch.get_num_threads()} threads: MODEL, CLIP and a small VAE {loaded:.1f} GiB")
+        for size in args.size:
+            for checkpointing in (False, True):
+                seconds, peak = measure(graph, size, args.batch, args.repeats, checkpointing)
+                way = "with" if checkpointing else "without"
+                print(
+                    f"{size} px, batch {args.batch}, {way} checkpointing: {seconds:.2f} s a step, {peak:.2f} GiB above"
+                )
+
+
+def measure(graph, size: int, batch: int, repeats: int, checkpointing: bool) -> tuple[float, float]:
+    """Seconds a step, and GiB at the peak of the loop above what is loaded."""
+    from ti_pack.textual_inversion import TrainConfig, initial_embedding, train
+    from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
+    from ti_pack.textual_inversion.dataset import make_dataset
+
+    config = TrainConfig(initializer="toy", batch_size=batch, steps=1000, evaluate_every=1000, patience=0)
+    model = ComfyModel(*graph, checkpointing)
+    dataset = make_dataset(model.encode_images, [torch.rand(1, size, size, 3)], [], [], config)
+    taken = []
+
+    def set_up():
+        start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, 1)
+        steps = train(model, start.trainable(), dataset, config)
+        next(steps)
+
+        def step() -> None:
+            started = time.perf_counter()
+            next(steps)
+            taken.append(time.perf_counter() - started)
+
+        for _ in range(repeats):
+            step()
+        return step
+
+    with model:
+        peak = peak_memory(set_up, torch.device("cpu"))
+    assert peak is not None
+    return statistics.median(taken), peak / 1024
+
+
+if __name__ == "__main__":
+    main()
