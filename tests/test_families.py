@@ -16,6 +16,7 @@ from in_process import ROOT
 from ti_pack.textual_inversion import Embedding, TrainConfig, formats, initial_embedding, train
 from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
 from ti_pack.textual_inversion.adapters.comfyui_words import embedding_keys, reads_files, with_words
+from ti_pack.textual_inversion.initializer import with_initializer
 from ti_test_pack import weights_hash
 
 DOCS = ROOT / "docs/models.md"
@@ -80,6 +81,21 @@ def test_training(family, graph):
     assert all(not torch.equal(steps[-1].best.vectors[key], start) for key, start in word.vectors.items())
     assert weights_hash(graph[0].model, graph[1].cond_stage_model, graph[2].first_stage_model) == before
     VERIFIED[family.name].add("training")
+
+
+@pytest.mark.parametrize("name", ["Flux.1 dev", "Flux.2 Klein 4B", "Lumina 2"])
+def test_initializer_is_found_in_every_kind_of_vocabulary(name):
+    """CLIP's, T5's, a byte-level one and sentencepiece's: a word of it, and learning starts at it."""
+    family = next(family for family in FAMILIES if family.name == name)
+    model = ComfyModel(*build(family))
+    config = TrainConfig(batch_size=2, context_vectors=0)
+    dataset = prepared(family, model, config, 1)
+    with model:
+        word = with_initializer(model, dataset, config).initializer
+        known = model.vocabularies()
+        assert any(word in vocabulary.words().values() for vocabulary in known.values())
+        for key, rows in initial_embedding(known, "S*", word, 1).vectors.items():
+            assert known[key].nearest(rows[0], 1)[0][1] > 0.5
 
 
 def test_sampling(family, graph):
