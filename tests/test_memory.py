@@ -1,5 +1,6 @@
 """Training in little memory: the estimate, what happens when it runs out, and models that are not wholly loaded."""
 
+import weakref
 from dataclasses import replace
 
 import comfy.model_management
@@ -113,6 +114,17 @@ def test_estimate_holds_the_weights_for_there_already():
     assert kept_bytes(lambda: (x @ weight).sum(), []) == weight.nbytes
     assert kept_bytes(lambda: (x @ weight).sum(), [weight]) == 0
     assert kept_bytes(lambda: (x * x).exp(), []) == 2 * x.nbytes  # x once, and the result
+
+
+def test_estimate_leaves_nothing_behind():
+    made = []
+
+    def run() -> torch.Tensor:
+        made.append(weakref.ref(y := torch.randn(10, requires_grad=True).exp()))
+        return y
+
+    assert kept_bytes(run, [])
+    assert made[0]() is None
 
 
 @pytest.mark.parametrize(("free", "recomputes"), [(2**40, False), (1000, True)])

@@ -43,7 +43,9 @@ def kept_bytes(run: Callable[[], Any], weights: Sequence[Tensor]) -> int:
     def note(tensor: Tensor) -> Tensor:
         if (address := _address(tensor)) not in known:
             kept[address] = tensor.untyped_storage().nbytes()
-        return tensor  # held, or another would come to lie in its place and not be counted
+        # Held, or another would come to lie in its place and not be counted; detached, or it would hold the graph
+        # that holds it, for ever.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = run()  # noqa: F841 - holds what was saved
