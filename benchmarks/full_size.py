@@ -67,9 +67,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="comfyui-") as base:
         import_pack()
         import_comfyui(Path(base))
-        from families import FAMILIES, build
+        from families import NAMED, build
 
-        family = next(family for family in FAMILIES if family.name == args.model)
+        family = NAMED[args.model]
         before = resident("VmRSS")
         graph = build(replace(family, unet=SIZES[args.model], encoders={}))
         loaded = (resident("VmRSS") - before) / 2**30

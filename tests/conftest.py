@@ -87,6 +87,15 @@ def pictures() -> Callable[[int], list[torch.Tensor]]:
     return make
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For networks so small that threads cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def wide_vae():
     """A VAE with 16 latent channels, as SD3 and Flux have."""

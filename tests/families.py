@@ -128,7 +128,7 @@ def _flux2_vae() -> dict[str, torch.Tensor]:
     return module.state_dict()
 
 
-def _flux(**changes) -> dict[str, Any]:
+def flux_network(**changes) -> dict[str, Any]:
     return {
         "image_model": "flux",
         "in_channels": 16,
@@ -150,7 +150,7 @@ def _flux(**changes) -> dict[str, Any]:
     }
 
 
-FLUX2 = _flux(
+FLUX2 = flux_network(
     image_model="flux2",
     in_channels=128,
     out_channels=128,
@@ -198,6 +198,18 @@ SDXL = SD1 | {
 SDXL |= {"transformer_depth_middle": 2, "num_classes": "sequential", "adm_in_channels": 48 + 6 * 256}
 REFINER = SDXL | {"context_dim": 48, "adm_in_channels": 48 + 5 * 256}
 
+SD3 = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "depth": 2,
+    "input_size": None,
+    "adm_in_channels": 80,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128}},
+    "num_patches": 1024,
+    "pos_embed_max_size": 32,
+    "pos_embed_scaling_factor": None,
+}
 PIXART = {"num_heads": 16, "patch_size": 2, "hidden_size": 1152, "in_channels": 4, "depth": 1}
 PIXART |= {"model_max_length": 120, "input_size": 64, "pe_interpolation": 1}
 ANIMA = {
@@ -308,23 +320,7 @@ FAMILIES = [
     Family(
         name="SD3, SD3.5",
         model=models.SD3,
-        unet={
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_size": 2,
-            "depth": 2,
-            "input_size": None,
-            "adm_in_channels": 80,
-            "context_embedder_config": {
-                "target": "torch.nn.Linear",
-                "params": {"in_features": 4096, "out_features": 128},
-            },
-            "num_patches": 1024,
-            "pos_embed_max_size": 32,
-            "pos_embed_scaling_factor": None,
-            "qk_norm": "rms",
-            "x_block_self_attn_layers": [0],
-        },
+        unet=SD3 | {"qk_norm": "rms", "x_block_self_attn_layers": [0]},
         tokenizer=comfy.text_encoders.sd3_clip.SD3Tokenizer,
         encoder=comfy.text_encoders.sd3_clip.sd3_clip(),
         encoders={"clip_l": CLIP_L, "clip_g": CLIP_G, "t5xxl": T5 | {"d_model": 4096}},
@@ -335,21 +331,7 @@ FAMILIES = [
     Family(
         name="SD3 without T5",
         model=models.SD3,
-        unet={
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_size": 2,
-            "depth": 2,
-            "input_size": None,
-            "adm_in_channels": 80,
-            "context_embedder_config": {
-                "target": "torch.nn.Linear",
-                "params": {"in_features": 4096, "out_features": 128},
-            },
-            "num_patches": 1024,
-            "pos_embed_max_size": 32,
-            "pos_embed_scaling_factor": None,
-        },
+        unet=SD3,
         tokenizer=comfy.text_encoders.sd3_clip.SD3Tokenizer,
         encoder=comfy.text_encoders.sd3_clip.sd3_clip(t5=False),
         encoders={"clip_l": CLIP_L, "clip_g": CLIP_G},
@@ -360,7 +342,7 @@ FAMILIES = [
     Family(
         name="Flux.1 dev",
         model=models.Flux,
-        unet=_flux(),
+        unet=flux_network(),
         tokenizer=comfy.text_encoders.flux.FluxTokenizer,
         encoder=comfy.text_encoders.flux.flux_clip(),
         encoders={"clip_l": CLIP_L, "t5xxl": T5},
@@ -371,7 +353,7 @@ FAMILIES = [
     Family(
         name="Flux.1 schnell",
         model=models.FluxSchnell,
-        unet=_flux(guidance_embed=False),
+        unet=flux_network(guidance_embed=False),
         tokenizer=comfy.text_encoders.flux.FluxTokenizer,
         encoder=comfy.text_encoders.flux.flux_clip(),
         encoders={"clip_l": CLIP_L, "t5xxl": T5},
@@ -595,6 +577,8 @@ FAMILIES = [
         stock=False,
     ),
 ]
+
+NAMED = {family.name: family for family in FAMILIES}
 
 
 def build(

@@ -5,13 +5,12 @@ What holds of a family here is what docs/models.md says of it: the last test com
 
 import gc
 from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, Family, agrees, build, gradients, prepared
+from families import FAMILIES, NAMED, Family, agrees, build, gradients, prepared
 from in_process import ROOT
 from ti_pack.textual_inversion import Embedding, TrainConfig, formats, initial_embedding, train
 from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
@@ -24,14 +23,7 @@ VERIFIED: dict[str, set[str]] = defaultdict(set)  # checks that a family passed,
 MARKS = ("<!-- begin: written by tests/test_families.py -->", "<!-- end -->")
 PROMPTS = ("a photo of {}", "{} on the beach", "a close-up photo of a {} at night")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """At these widths threads cost more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
@@ -86,7 +78,7 @@ def test_training(family, graph):
 @pytest.mark.parametrize("name", ["Flux.1 dev", "Flux.2 Klein 4B", "Lumina 2"])
 def test_initializer_is_found_in_every_kind_of_vocabulary(name):
     """CLIP's, T5's, a byte-level one and sentencepiece's: a word of it, and learning starts at it."""
-    family = next(family for family in FAMILIES if family.name == name)
+    family = NAMED[name]
     model = ComfyModel(*build(family))
     config = TrainConfig(batch_size=2, context_vectors=0)
     dataset = prepared(family, model, config, 1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import comfy.model_management
 import pytest
 import torch
-from families import FAMILIES, _flux, build, prepared
+from families import NAMED, build, flux_network, prepared
 from ti_pack.textual_inversion import TrainConfig, TrainingError, TrainingStopped, UserError, initial_embedding, train
 from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
 from ti_pack.textual_inversion.dataset import fixed_batches
@@ -14,8 +14,8 @@ from ti_pack.textual_inversion.memory import kept_bytes
 from ti_pack.textual_inversion.objective import batch_loss
 from ti_pack.textual_inversion.report import report
 
-FLUX = next(family for family in FAMILIES if family.name == "Flux.1 dev")
-SD1 = next(family for family in FAMILIES if family.name == "SD1")
+FLUX = NAMED["Flux.1 dev"]
+SD1 = NAMED["SD1"]
 CONFIG = TrainConfig(initializer="toy", steps=4, batch_size=2, context_vectors=0)
 
 
@@ -148,7 +148,7 @@ def test_a_model_that_is_not_wholly_loaded_is_refused(graph, monkeypatch):
 
 def test_an_encoder_that_the_model_ignores_keeps_its_vectors():
     """Flux's network without its input for CLIP's pooled output: the file still has to have CLIP's vectors."""
-    family = replace(FLUX, unet=_flux(vec_in_dim=None))
+    family = replace(FLUX, unet=flux_network(vec_in_dim=None))
     _, steps, text = learn(family, build(family))
     moved = {key: not torch.equal(rows, steps[0].best.vectors[key]) for key, rows in steps[-1].best.vectors.items()}
     assert moved == {"clip_l": False, "t5xxl": True}

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from comfyui_server import ComfyServer
-from families import FAMILIES, build
+from families import NAMED, build
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -207,7 +207,7 @@ def test_learning_workflow(server, model):
 
 def test_separate_loaders(server):
     """Flux at small width in fp8, network, text encoders and VAE each from a loader of its own."""
-    family = next(family for family in FAMILIES if family.name == "Flux.1 dev")
+    family = NAMED["Flux.1 dev"]
     network, _, vae = build(family)
     parts = {"diffusion_models/flux": network.model.diffusion_model.state_dict(), "vae/flux": vae.get_sd()}
     for name, state in parts.items():

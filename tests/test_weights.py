@@ -14,22 +14,16 @@ import torch.nn.functional as F
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from families import FAMILIES, _flux, agrees, build, gradients
+from families import NAMED, agrees, build, flux_network, gradients
 from ti_pack.textual_inversion.adapters.comfyui_autograd import ordinary_weights
 from ti_pack.textual_inversion.adapters.comfyui_words import vocabularies
 from ti_test_pack import weights_hash
 from torch import nn
 
-FLUX = next(family for family in FAMILIES if family.name == "Flux.1 dev")
-WIDE = _flux(hidden_size=256, num_heads=2)  # some formats take blocks of 256
+FLUX = NAMED["Flux.1 dev"]
+WIDE = flux_network(hidden_size=256, num_heads=2)  # some formats take blocks of 256
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +177,7 @@ def compiled(model):
 
 
 def merged(model):
-    other = build(next(family for family in FAMILIES if family.name == "SD1"), seed=7)[0]
+    other = build(NAMED["SD1"], seed=7)[0]
     return comfy_extras.nodes_model_merging.ModelMergeSimple().merge(model, other, 0.5)[0]
 
 
@@ -210,7 +204,7 @@ NODES = {
 @pytest.mark.parametrize("node", NODES)
 def test_gradient_after_the_node(node):
     """Of the model as the node has changed it: another loss, and its gradient."""
-    family = next(family for family in FAMILIES if family.name == "SD1")
+    family = NAMED["SD1"]
     graph = build(family)
     changed = (NODES[node](graph[0]), *graph[1:])
     found, word, batch = gradients(family, changed)
