@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ OUT = ROOT / "benchmarks/results/concepts"
 DEFAULT_CONCEPTS = ("circle", "diamond", "flower", "heart", "moon", "star", "ember", "lagoon")
 BANDS = 3  # thirds of the noise schedule, from low to high noise
 DRAWS, CURVE_DRAWS = 12, 3  # noise levels per held-out picture, at the end and along the curve
-CURVE = (0, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 800, 1000, 1500, 2000, 3000, 4000, 5000, 6100)
+CURVE = (0, 5, *range(10, 100, 10), 100, 150, 200, 300, 400, 600, 800, 1000, 1500, 2000, 3000, 4000, 5000, 6100)
 SAMPLING = {"steps": 25, "cfg": 4.0}
 
 # Nothing of this is in the training pictures' captions. {} is the word.
@@ -93,10 +94,11 @@ class Cell:
 
     def run(self) -> tuple[dict[str, Any], Any, Tensor | None]:
         """Measurements, the learned word, and pictures (P, H, W, 3) of the prompts to show."""
-        from ti_pack.textual_inversion import initial_embedding, train
+        from ti_pack.textual_inversion import initial_embedding, optimizers, train
 
         curve, seconds, started = [], 0.0, time.perf_counter()
-        with self.bench.model as model:
+        together = 0.0 if self.recipe.alone else optimizers.TOGETHER
+        with self.bench.model as model, patch.object(optimizers, "TOGETHER", together):
             with torch.no_grad():
                 known = model.vocabularies(), self.config.trigger, self.concept.initializer
                 class_word = initial_embedding(*known, self.config.vectors)

@@ -40,6 +40,8 @@ class Recipe:
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: Callable[[Any, Dataset, TrainConfig], Embedding] = from_word
+    alone: bool = False
+    """Throw-away words turn each for itself."""
 
 
 # What everyone else does: plain AdamW at a constant rate on templates, the last vectors kept, and
@@ -90,6 +92,10 @@ RECIPES = {
 # Ours with one piece changed: what is kept has to pay (docs/method.md).
 ABLATIONS = {
     "no context words": Recipe("", {"context_vectors": 0}),
+    "contexts alone": Recipe("", alone=True),
+    "contexts alone for 200 steps": Recipe(
+        "", {"steps": 200, "momentum": 0.8, "averaging": 0.9, "patience": 3, "evaluate_every": 20}, alone=True
+    ),
     "two context vectors": Recipe("", {"context_vectors": 2}),
     "adamw": Recipe("", {"optimizer": "adamw", "learning_rate": 2e-2, "momentum": 0.9}),
     "constant rate": Recipe("", {"schedule": "constant"}),

@@ -56,6 +56,20 @@ def test_sphere_pulls_towards_the_start():
     assert (pulled > loose + 0.1).all()
 
 
+def test_a_group_turns_together():
+    """Each takes its own turn and twice the mean of all; one without a gradient takes that alone."""
+    start = torch.eye(WIDTH)[:3].unsqueeze(1)  # three matrices of one vector, at right angles
+    vectors = [row.clone().requires_grad_() for row in start]
+    own = [torch.eye(WIDTH)[10:11], torch.eye(WIDTH)[11:12]]  # tangents of all three
+    for matrix, turn in zip(vectors, own, strict=False):
+        matrix.grad = -5 * turn
+    Sphere([{"params": vectors, "together": 2.0}], lr=0.1, momentum=0.0).step()
+    common = own[0] + own[1]  # 2 x (own[0] + own[1]) / 2
+    for matrix, before, turn in zip(vectors, start, [*own, torch.zeros(1, WIDTH)], strict=True):
+        expected = F.normalize(before + 0.1 * (turn + common))
+        torch.testing.assert_close(matrix.detach(), expected)
+
+
 def test_vectors_without_gradient_stay():
     vectors = torch.randn(1, WIDTH).requires_grad_()
     before = vectors.detach().clone()

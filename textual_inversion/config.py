@@ -37,7 +37,7 @@ class TrainConfig:
     vectors: int = bounded(1, 1, 75)
     """Vectors of the word, each as long as one token of the prompt. More hold more detail and are harder to edit."""
 
-    steps: int = bounded(200, 2, 100_000)
+    steps: int = bounded(100, 2, 100_000)
     """Optimizer steps at most: training ends by itself when the loss falls no more."""
 
     learning_rate: float = bounded(0.3, 1e-6, 1.0, 1e-6)
@@ -64,13 +64,13 @@ class TrainConfig:
     context_vectors: int = bounded(1, 0, 16)
     """Throw-away vectors for each picture without a caption: for what only it shows, which the word need not learn."""
 
-    averaging: float = bounded(0.9, 0.0, 0.9999, 0.01)
+    averaging: float = bounded(0.8, 0.0, 0.9999, 0.01)
     """Share of the past in the running mean of the vectors, which is what is kept. 0: the last vectors."""
 
-    patience: int = bounded(3, 0, 1000)
+    patience: int = bounded(5, 0, 1000)
     """Training ends when the loss has not fallen by 1% for this many measurements. 0: all steps are done."""
 
-    momentum: float = bounded(0.8, 0.0, 0.999, 0.01)
+    momentum: float = bounded(0.7, 0.0, 0.999, 0.01)
     """Share of the past in the running gradient. 0: each step follows its own pictures alone."""
 
     weight_decay: float = bounded(1e-2, 0.0, 1.0, 1e-4)
@@ -88,7 +88,7 @@ class TrainConfig:
     flip_probability: float = bounded(0.0, 0.0, 1.0, 0.05)
     """How often a picture is mirrored. Leave 0 for faces, text and anything with a left and a right."""
 
-    evaluate_every: int = bounded(20, 1, 10_000)
+    evaluate_every: int = bounded(10, 1, 10_000)
     """Steps between measurements on fixed noise, which choose the vectors that are kept."""
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class PreviewConfig:
     preview_prompt: str = "a photo of {}"
     """Prompt of the preview pictures, with {} or the trigger word where the new word goes."""
 
-    preview_every: int = bounded(100, 0, 100_000)
+    preview_every: int = bounded(50, 0, 100_000)
     """Steps between preview pictures. 0: only one at the end."""
 
     preview_steps: int = bounded(20, 1, 200)
