@@ -43,7 +43,7 @@ OUT = ROOT / "benchmarks/results/concepts"
 DEFAULT_CONCEPTS = ("circle", "diamond", "flower", "heart", "moon", "star", "ember", "lagoon")
 BANDS = 3  # thirds of the noise schedule, from low to high noise
 DRAWS, CURVE_DRAWS = 12, 3  # noise levels per held-out picture, at the end and along the curve
-CURVE = (0, 5, *range(10, 100, 10), 100, 150, 200, 300, 400, 600, 800, 1000, 1500, 2000, 3000, 4000, 5000, 6100)
+CURVE = (0, 5, *range(10, 101, 10), 150, 200, 300, 400, 600, 800, 1000, 1500, 2000, 3000, 4000, 5000, 6100)
 SAMPLING = {"steps": 25, "cfg": 4.0}
 
 # Nothing of this is in the training pictures' captions. {} is the word.
