@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from .embedding import Embedding
 from .vocabulary import Vocabulary
@@ -31,7 +29,9 @@ def inspect(embedding: Embedding, vocabularies: Mapping[str, Vocabulary]) -> lis
     for key, rows in embedding.vectors.items():
         usual = nearest = None
         if key in vocabularies:
-            usual, nearest = _beside_words(rows, vocabularies[key])
+            lengths = vocabularies[key].word_lengths()
+            low, middle, high = lengths.quantile(torch.tensor([0.05, 0.5, 0.95]).to(lengths)).tolist()
+            usual, nearest = (low, middle, high), vocabularies[key].nearest(rows, NEAREST)
         found.append(Vectors(key, rows.shape[-1], rows.norm(dim=1).tolist(), usual, nearest))
     return found
 
@@ -51,22 +51,3 @@ def describe(embedding: Embedding, found: list[Vectors]) -> str:
             near = ", ".join(f"{word} {cosine:.2f}" for word, cosine in part.nearest[number]) if part.nearest else ""
             lines.append(f"  {number + 1}: length {length:.3f}{'; nearest: ' if near else ''}{near}")
     return "\n".join(lines)
-
-
-def _beside_words(
-    rows: Tensor, vocabulary: Vocabulary
-) -> tuple[tuple[float, float, float], list[list[tuple[str, float]]]]:
-    """Of ``rows`` (vectors, width) all at once: a vocabulary is hundreds of megabytes to read."""
-    words = vocabulary.words()
-    table = vocabulary.vectors[torch.tensor(list(words), device=vocabulary.vectors.device)].float()  # (words, width)
-    lengths = table.norm(dim=1)
-    low, middle, high = lengths.quantile(torch.tensor([0.05, 0.5, 0.95]).to(lengths)).tolist()
-    rows = F.normalize(rows.to(table), dim=1)
-    cosines = rows @ F.normalize(table, dim=1).T  # (vectors, words)
-    best = cosines.topk(min(NEAREST, len(words)))
-    spelled = list(words.values())
-    nearest = [
-        [(spelled[i], cosine) for i, cosine in zip(numbers, values, strict=True)] if row.any() else []
-        for row, numbers, values in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-    return (low, middle, high), nearest

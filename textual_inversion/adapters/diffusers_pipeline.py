@@ -20,7 +20,8 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from ..embedding import Embedding
-from ..errors import UserError, does_not_fit
+from ..errors import UserError
+from ..prompts import check_whole
 from ..vocabulary import Vocabulary
 from .diffusers_families import FAMILIES, Conditioning
 from .diffusers_words import spelled, tokenizer_slot, with_names, with_words
@@ -42,9 +43,9 @@ def load_pipeline(path: Path, config: Path | None = None, dtype: torch.dtype = t
         UserError: a file is missing or does not fit, or the family is not supported.
     """
     if not path.exists():
-        raise UserError(f"There is no model {path}.")
+        raise UserError(f"There is no model at {path}.")
     if config and not config.is_dir():  # diffusers would take it for a name on the Hub
-        raise UserError(f"{config} is no folder: give a diffusers folder of the same family as {path}.")
+        raise UserError(f"{config} is not a folder: give a diffusers folder of the same family as {path}.")
     folder = path if path.is_dir() else config or _cached_configs(path)
     try:
         index: Any = DiffusionPipeline.load_config(folder, local_files_only=True)
@@ -78,8 +79,8 @@ def _cached_configs(checkpoint: Path) -> str:
         return snapshot_download(repository["pretrained_model_name_or_path"], local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{checkpoint} cannot be loaded alone: give a diffusers folder of the same family for its "
-            "configs and tokenizers as well."
+            f"{checkpoint} cannot be loaded alone: also give a diffusers folder of the same family (--config), for "
+            "its configs and tokenizers."
         ) from error
 
 
@@ -163,13 +164,21 @@ class DiffusersModel:
         encoders = (getattr(self._pipeline, slot) for slot in self._encoders)
         return [weight for module in (self._network, *encoders) for weight in module.parameters()]
 
-    def recompute(self) -> bool:
+    @contextmanager
+    def training(self) -> Iterator["DiffusersModel"]:
+        yield self  # a pipeline's weights can be differentiated through as they are
+
+    @contextmanager
+    def paused(self) -> Iterator["DiffusersModel"]:
+        yield self
+
+    def enable_gradient_checkpointing(self) -> bool:
         if self._network.is_gradient_checkpointing:
             return False
         self._network.enable_gradient_checkpointing()
         return True
 
-    # The word -----------------------------------------------------------------------------------
+    # Prompts ------------------------------------------------------------------------------------
 
     def vocabularies(self) -> dict[str, Vocabulary]:
         found = {}
@@ -191,11 +200,9 @@ class DiffusersModel:
                 for word in words:
                     found = sum(first <= number < first + word.count for number in ids)
                     first += word.count
-                    # A repeated word gives multiples; a word cut off gives fractions.
-                    if not found or found % word.count:
-                        raise does_not_fit(word.count, prompt)
+                    check_whole([found], word.count, prompt)
 
-    # DiffusionModel -----------------------------------------------------------------------------
+    # The diffusion model ------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
@@ -240,6 +247,19 @@ class DiffusersModel:
 
     def loss_weights(self, sigmas: Tensor) -> Tensor:
         return self._schedule.loss_weights(sigmas)
+
+    def check_compatible(self, latent: Tensor, prompt: str, embedding: Embedding) -> None:
+        try:
+            with torch.no_grad():
+                sigmas = self.sample_sigmas(torch.tensor([0.5]))
+                self.denoise(latent[None].to(self.device), sigmas, self.encode_prompts([prompt], embedding))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                "The pipeline's text encoders and network do not belong together: load a folder whose parts are of "
+                f"one model. ({type(error).__name__}: {error})"
+            ) from error
 
     # Pictures -----------------------------------------------------------------------------------
 
