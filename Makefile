@@ -12,7 +12,7 @@ setup: .venv/.ready
 	@$(PYTHON) demo/get_comfyui.py
 	@$(PYTHON) demo/get_browser.py
 
-.venv/.ready: requirements-dev.txt
+.venv/.ready: requirements-dev.txt pyproject.toml
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "This needs Python 3.10 or newer: make PYTHON3=/path/to/python3"; exit 1; }
 	@$(PYTHON3) -c 'import venv, ensurepip' \
@@ -20,6 +20,7 @@ setup: .venv/.ready
 	@echo "Setting up .venv: PyTorch and the test tools, a few minutes the first time."
 	@$(PYTHON3) -m venv .venv
 	@$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	@$(PYTHON) -m pip install --quiet --editable .
 	@touch $@
 
 demo: setup

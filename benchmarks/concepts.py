@@ -81,7 +81,7 @@ class Cell:
     """One recipe on one concept with one seed."""
 
     def __init__(self, bench: Bench, name: str, recipe: Recipe, concept: Concept, seed: int, captions: bool) -> None:
-        from ti_pack.textual_inversion import TrainConfig
+        from textual_inversion import TrainConfig
 
         base = {"initializer": concept.initializer, "kind": concept.kind, "seed": seed}
         self.config = TrainConfig(**base, **recipe.settings)
@@ -94,7 +94,7 @@ class Cell:
 
     def run(self) -> tuple[dict[str, Any], Any, Tensor | None]:
         """Measurements, the learned word, and pictures (P, H, W, 3) of the prompts to show."""
-        from ti_pack.textual_inversion import initial_embedding, optimizers, train
+        from textual_inversion import initial_embedding, optimizers, train
 
         curve, seconds, started = [], 0.0, time.perf_counter()
         together = 0.0 if self.recipe.alone else optimizers.TOGETHER
@@ -132,8 +132,8 @@ class Cell:
 
     def losses(self, dataset, word, draws: int) -> list[float]:
         """By band of noise, on the same noise for every word."""
-        from ti_pack.textual_inversion.dataset import fixed_batches
-        from ti_pack.textual_inversion.objective import mean_loss
+        from textual_inversion.dataset import fixed_batches
+        from textual_inversion.objective import mean_loss
 
         batches = fixed_batches(dataset, replace(self.config, batch_size=32, flip_probability=0.0), draws)
         banded = [
@@ -142,7 +142,7 @@ class Cell:
         return [mean_loss(self.bench.model, [word], [b for b in rows if b.prompts]) for rows in banded]
 
     def drift(self, class_word, word) -> float:
-        from ti_pack.textual_inversion.report import drift
+        from textual_inversion.report import drift
 
         return drift(self.bench.model, class_word, word)
 
@@ -155,7 +155,8 @@ class Cell:
 
 def samples_of(bench: Bench, concept: Concept, word, shape) -> tuple[dict[str, Any], Tensor]:
     from judge import load_judge
-    from ti_pack.textual_inversion.prompts import place_word
+
+    from textual_inversion.prompts import place_word
 
     asked = ASKED[concept.kind]
     prompts = [place_word(prompt, word.trigger) for prompt in asked]
@@ -216,8 +217,8 @@ def main() -> None:
 
 def learn(bench: Bench, args: argparse.Namespace, name: str, recipe: Recipe, concept: Concept, seed: int) -> None:
     """Runs a cell unless its file is there, made with the same settings."""
-    from ti_pack.textual_inversion import formats
-    from ti_pack.textual_inversion.pictures import to_pillow
+    from textual_inversion import formats
+    from textual_inversion.pictures import to_pillow
 
     name += " + captions" if args.captions else ""
     cell = Cell(bench, name, recipe, concept, seed, args.captions)

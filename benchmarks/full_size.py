@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "tests")]
 
-from in_process import import_comfyui, import_pack  # noqa: E402
+from in_process import import_comfyui  # noqa: E402
 from speed import peak_memory, resident  # noqa: E402
 
 UNET = {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False}
@@ -65,7 +65,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="steps to take the median of")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="comfyui-") as base:
-        import_pack()
         import_comfyui(Path(base))
         from families import NAMED, build
 
@@ -85,9 +84,9 @@ def main() -> None:
 
 def measure(graph, size: int, batch: int, repeats: int, checkpointing: bool) -> tuple[float, float]:
     """Seconds a step, and GiB at the peak of the loop above what is loaded."""
-    from ti_pack.textual_inversion import TrainConfig, initial_embedding, train
-    from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
-    from ti_pack.textual_inversion.dataset import make_dataset
+    from textual_inversion import TrainConfig, initial_embedding, train
+    from textual_inversion.adapters.comfyui import ComfyModel
+    from textual_inversion.dataset import make_dataset
 
     config = TrainConfig(initializer="toy", batch_size=batch, steps=1000, evaluate_every=1000, patience=0)
     model = ComfyModel(*graph, checkpointing)

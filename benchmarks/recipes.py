@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from in_process import import_pack
-
-import_pack()
-from ti_pack.textual_inversion import Embedding, TrainConfig, initial_embedding  # noqa: E402
-from ti_pack.textual_inversion.dataset import Dataset  # noqa: E402
-from ti_pack.textual_inversion.initializer import with_initializer  # noqa: E402
+from textual_inversion import Embedding, TrainConfig, initial_embedding
+from textual_inversion.dataset import Dataset
+from textual_inversion.initializer import with_initializer
 
 
 def from_word(model, dataset, config: TrainConfig) -> Embedding:

@@ -40,14 +40,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 
-from in_process import ROOT, import_comfyui, import_folder, import_pack
+from in_process import ROOT, import_comfyui, import_folder
 from networks import pipeline_from_checkpoint, sampling_schedule
 from text import tokenizer
 
-import_pack()
-from ti_pack.textual_inversion import TrainConfig, initial_embedding, train  # noqa: E402
-from ti_pack.textual_inversion.adapters.diffusers_pipeline import DiffusersModel  # noqa: E402
-from ti_pack.textual_inversion.dataset import Batch, Dataset, make_dataset, training_batches  # noqa: E402
+from textual_inversion import TrainConfig, initial_embedding, train
+from textual_inversion.adapters.diffusers_pipeline import DiffusersModel
+from textual_inversion.dataset import Batch, Dataset, make_dataset, training_batches
 
 CHECKPOINT = ROOT / "demo/models/toy.safetensors"
 WAYS = UNET, TEXT, OURS, THEIRS = "bare UNet", "text encoder", "our step", "diffusers' way"
@@ -140,7 +139,7 @@ class ThroughComfyUI:
 
     @contextmanager
     def ways(self, case: Case) -> Iterator[Ways]:
-        from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
+        from textual_inversion.adapters.comfyui import ComfyModel
 
         with ComfyModel(*self.parts, case.checkpointing) as model:
             yield {
@@ -150,7 +149,7 @@ class ThroughComfyUI:
             }
 
     def unet_step(self, model, case: Case) -> Step:
-        from ti_pack.textual_inversion.adapters.comfyui import _pytorch_attention
+        from textual_inversion.adapters.comfyui import _pytorch_attention
 
         network, batch = model._patcher.model, next(case.batches())
         sigmas = model.sample_sigmas(batch.quantiles)
@@ -162,7 +161,7 @@ class ThroughComfyUI:
 
     def text_step(self, model, case: Case) -> Step:
         """The distinct prompts of a batch in one pass, tokenised before."""
-        from ti_pack.textual_inversion.adapters.comfyui_words import text_encoders, with_words
+        from textual_inversion.adapters.comfyui_words import text_encoders, with_words
 
         word = initial_embedding(model.vocabularies(), "S*", "toy", 1).trainable()
         clip = with_words(model._clip, word)

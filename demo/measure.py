@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from in_process import ROOT, import_comfyui, import_folder, import_pack
+from in_process import ROOT, import_comfyui, import_folder
 
 CONCEPTS = ROOT / "demo/concepts"
 CHECKPOINT = ROOT / "demo/models/toy.safetensors"
@@ -46,12 +46,12 @@ class Bench:
     """The demo model in this process, and losses of texts and words on a concept's held-out pictures."""
 
     def __init__(self, checkpoint: Path = CHECKPOINT) -> None:
-        import_pack()
         self._base = tempfile.TemporaryDirectory(prefix="comfyui-")
         import_comfyui(Path(self._base.name))
         import comfy.sd
-        from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
-        from ti_pack.textual_inversion.pictures import load_folder
+
+        from textual_inversion.adapters.comfyui import ComfyModel
+        from textual_inversion.pictures import load_folder
 
         import_folder("textual_inversion_demo_model", ROOT / "demo/comfyui_pack")
         with torch.inference_mode():
@@ -60,16 +60,16 @@ class Bench:
 
     def dataset(self, concept: Concept, part: str, config: Any, with_captions: bool = True):
         """``part`` is train or heldout."""
-        from ti_pack.textual_inversion.dataset import make_dataset
+        from textual_inversion.dataset import make_dataset
 
         images, _, captions = self._load_folder(concept.folder / part, 0, False)
         return make_dataset(self.model.encode_images, images, [], captions if with_captions else [], config)
 
     def heldout_loss(self, dataset, embedding, text: str, noise_levels: int = NOISE_LEVELS) -> float:
         """Loss of the captions with ``text`` in the place of the word. Call inside ``with model:``."""
-        from ti_pack.textual_inversion import TrainConfig
-        from ti_pack.textual_inversion.dataset import fixed_batches
-        from ti_pack.textual_inversion.objective import mean_loss
+        from textual_inversion import TrainConfig
+        from textual_inversion.dataset import fixed_batches
+        from textual_inversion.objective import mean_loss
 
         prompts = [(choices[0].replace(embedding.trigger, text),) for choices in dataset.prompts]
         batches = fixed_batches(replace(dataset, prompts=prompts), TrainConfig(batch_size=32), noise_levels)
@@ -82,7 +82,7 @@ class Bench:
 
     def learn(self, concept: Concept, words: list[str], **settings) -> dict[str, Any]:
         """Learns the concept with the node's defaults and measures it."""
-        from ti_pack.textual_inversion import TrainConfig, initial_embedding, train
+        from textual_inversion import TrainConfig, initial_embedding, train
 
         config = TrainConfig(initializer=concept.initializer, kind=concept.kind, **settings)
         training, heldout = (self.dataset(concept, part, config) for part in ("train", "heldout"))

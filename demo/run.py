@@ -127,7 +127,7 @@ def main() -> None:
 def measured(concept: Concept, learned: Path, trigger: str) -> dict[str, float]:
     """Losses on fixed noise, of the training and of the held-out pictures, before and after."""
     bench = Bench()
-    from ti_pack.textual_inversion import TrainConfig, formats, initial_embedding
+    from textual_inversion import TrainConfig, formats, initial_embedding
 
     config = TrainConfig(trigger=trigger, initializer=concept.initializer)
     word = formats.read(learned)

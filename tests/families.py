@@ -33,10 +33,11 @@ from comfy.ldm.wan.vae import WanVAE
 from comfy.supported_models_base import ClipTarget
 from comfy.taesd.taesd import TAESD
 from small_models import UNET, randomise
-from ti_pack.textual_inversion import Embedding, TrainConfig, initial_embedding
-from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
-from ti_pack.textual_inversion.dataset import Batch, Dataset, fixed_batches, make_dataset
-from ti_pack.textual_inversion.objective import batch_loss
+
+from textual_inversion import Embedding, TrainConfig, initial_embedding
+from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.dataset import Batch, Dataset, fixed_batches, make_dataset
+from textual_inversion.objective import batch_loss
 
 CLIP = {"num_hidden_layers": 3, "num_attention_heads": 4}
 CLIP_L = CLIP | {"hidden_size": 32, "intermediate_size": 64}

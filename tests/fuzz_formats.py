@@ -12,16 +12,12 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "demo"), str(Path(__file__).resolve().parent)]
-from in_process import import_pack
-
-import_pack()
-
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_formats import WRITERS, vectors
-from ti_pack.textual_inversion import Embedding, UserError, formats
+
+from textual_inversion import Embedding, UserError, formats
 
 MEMORY = 1 << 30  # bytes beyond what the process has when it starts
 ALARMING = (

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from ti_pack.textual_inversion import PreviewConfig, TrainConfig, UserError, initial_embedding
-from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
-from ti_pack.textual_inversion.dataset import check_pictures, make_dataset
-from ti_pack.textual_inversion.formats import file_name
-from ti_pack.textual_inversion.prompts import caption_prompt, check_trigger, training_prompts
+
+from textual_inversion import PreviewConfig, TrainConfig, UserError, initial_embedding
+from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.dataset import check_pictures, make_dataset
+from textual_inversion.formats import file_name
+from textual_inversion.prompts import caption_prompt, check_trigger, training_prompts
 
 PICTURE = torch.rand(1, 16, 16, 3)
 

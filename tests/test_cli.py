@@ -13,8 +13,9 @@ import torch
 from networks import pipeline_from_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from ti_pack.textual_inversion import TrainConfig, formats
-from ti_pack.textual_inversion.config import field_help
+
+from textual_inversion import TrainConfig, formats
+from textual_inversion.config import field_help
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "demo/concepts/heart/train"
@@ -29,7 +30,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def call(*arguments, folder: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    environment = {**os.environ, "COLUMNS": "200"}
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -57,12 +58,11 @@ def test_train_then_draw(model, tmp_path):
 
 
 def test_ctrl_c_keeps_the_best_so_far(model, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*COMMAND, "train", "--model", model, "--images", PICTURES, "--steps", "100000", "--evaluate-every", "1"]
     # Programs started in the background of a script inherit an ignored SIGINT; this one is in the foreground.
     foreground = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=foreground, **pipes) as process:
+    with subprocess.Popen(command, cwd=tmp_path, preexec_fn=foreground, **pipes) as process:
         try:
             seen = b""
             while b"at step 3" not in seen:  # the progress bar

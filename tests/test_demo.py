@@ -4,8 +4,9 @@ import json
 
 import pytest
 from measure import CONCEPTS, Bench, Concept, world_words
-from ti_pack.textual_inversion import TrainConfig, initial_embedding, train
-from ti_pack.textual_inversion.initializer import with_initializer
+
+from textual_inversion import TrainConfig, initial_embedding, train
+from textual_inversion.initializer import with_initializer
 
 FOLDERS = sorted(path.parent for path in CONCEPTS.glob("*/concept.json"))
 

@@ -16,12 +16,13 @@ from networks import pipeline_from_checkpoint
 from safetensors.torch import save_file
 from small_models import randomise
 from small_pipelines import WIDTH, WIDTH_G, WIDTH_T5, small_pipeline
-from ti_pack.textual_inversion import Embedding, TrainConfig, UserError, initial_embedding, train, training
-from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
-from ti_pack.textual_inversion.adapters.diffusers_pipeline import DiffusersModel
-from ti_pack.textual_inversion.dataset import Batch, Dataset
-from ti_pack.textual_inversion.objective import batch_loss
 from ti_test_pack import weights_hash
+
+from textual_inversion import Embedding, TrainConfig, UserError, initial_embedding, train, training
+from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.adapters.diffusers_pipeline import DiffusersModel
+from textual_inversion.dataset import Batch, Dataset
+from textual_inversion.objective import batch_loss
 
 FAMILIES = ("SD1", "SDXL", "SD3", "Flux")
 PROMPTS = ["a photo of S*", "A rendering of one (S*), in the STYLE of s*!"]

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from small_pipelines import small_pipeline
-from ti_pack.textual_inversion import Embedding, formats
-from ti_pack.textual_inversion.adapters.diffusers_pipeline import DiffusersModel
+
+from textual_inversion import Embedding, formats
+from textual_inversion.adapters.diffusers_pipeline import DiffusersModel
 
 PROMPT = "a photo of <word> on grass, with <word>"
 

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from families import FAMILIES, NAMED, Family, agrees, build, gradients, prepared
 from in_process import ROOT
-from ti_pack.textual_inversion import Embedding, TrainConfig, formats, initial_embedding, train
-from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
-from ti_pack.textual_inversion.adapters.comfyui_words import embedding_keys, reads_files, with_words
-from ti_pack.textual_inversion.initializer import with_initializer
 from ti_test_pack import weights_hash
+
+from textual_inversion import Embedding, TrainConfig, formats, initial_embedding, train
+from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.adapters.comfyui_words import embedding_keys, reads_files, with_words
+from textual_inversion.initializer import with_initializer
 
 DOCS = ROOT / "docs/models.md"
 VERIFIED: dict[str, set[str]] = defaultdict(set)  # checks that a family passed, for the table

@@ -13,7 +13,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from ti_pack.textual_inversion import Embedding, UserError, formats
+
+from textual_inversion import Embedding, UserError, formats
 
 SD1, SD2, SDXL = {"clip_l": 768}, {"clip_h": 1024}, {"clip_l": 768, "clip_g": 1280}
 SD3, FLUX = {**SDXL, "t5xxl": 4096}, {"clip_l": 768, "t5xxl": 4096}

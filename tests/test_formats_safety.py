@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from ti_pack.nodes.files import embedding_file
-from ti_pack.textual_inversion import UserError, formats
-from ti_pack.textual_inversion.containers import PNG_TEXT
+
+from textual_inversion import UserError, formats
+from textual_inversion.containers import PNG_TEXT
 
 
 class Reduces:

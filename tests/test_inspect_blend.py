@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from ti_pack.nodes.embedding_chart import BAR, HEADING, MARGIN, MOST_ROWS, ROW, TITLE, UNUSUAL, USUAL, WIDTH, chart
-from ti_pack.textual_inversion import Embedding, UserError
-from ti_pack.textual_inversion.adapters.comfyui_words import embedding_keys, vocabularies
-from ti_pack.textual_inversion.blend import blend, chosen, slerp, take
-from ti_pack.textual_inversion.inspection import Vectors, describe, inspect
+
+from textual_inversion import Embedding, UserError
+from textual_inversion.adapters.comfyui_words import embedding_keys, vocabularies
+from textual_inversion.blend import blend, chosen, slerp, take
+from textual_inversion.inspection import Vectors, describe, inspect
 
 
 def random_word(trigger, number, count=3, widths=(768, 1280), **metadata):

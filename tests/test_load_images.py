@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from ti_pack.nodes.load_images import LoadImages
-from ti_pack.textual_inversion import UserError
-from ti_pack.textual_inversion.pictures import load_folder, picture_files, picture_info
+
+from textual_inversion import UserError
+from textual_inversion.pictures import load_folder, picture_files, picture_info
 
 
 def picture(width=32, height=24):

@@ -7,12 +7,13 @@ import comfy.model_management
 import pytest
 import torch
 from families import NAMED, build, flux_network, prepared
-from ti_pack.textual_inversion import TrainConfig, TrainingError, TrainingStopped, UserError, initial_embedding, train
-from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
-from ti_pack.textual_inversion.dataset import fixed_batches
-from ti_pack.textual_inversion.memory import kept_bytes
-from ti_pack.textual_inversion.objective import batch_loss
-from ti_pack.textual_inversion.report import report
+
+from textual_inversion import TrainConfig, TrainingError, TrainingStopped, UserError, initial_embedding, train
+from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.dataset import fixed_batches
+from textual_inversion.memory import kept_bytes
+from textual_inversion.objective import batch_loss
+from textual_inversion.report import report
 
 FLUX = NAMED["Flux.1 dev"]
 SD1 = NAMED["SD1"]

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ti_pack.textual_inversion import Embedding, TrainConfig, initial_embedding, train
-from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
-from ti_pack.textual_inversion.dataset import make_dataset
-from ti_pack.textual_inversion.optimizers import Sphere
-from ti_pack.textual_inversion.training import follow
-from ti_pack.textual_inversion.vocabulary import Vocabulary, word_of
+
+from textual_inversion import Embedding, TrainConfig, initial_embedding, train
+from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.dataset import make_dataset
+from textual_inversion.optimizers import Sphere
+from textual_inversion.training import follow
+from textual_inversion.vocabulary import Vocabulary, word_of
 
 WIDTH = 48
 

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from ti_pack.textual_inversion import PreviewConfig, TrainConfig, __version__
-from ti_pack.textual_inversion.config import field_help
+
+from textual_inversion import PreviewConfig, TrainConfig, __version__
+from textual_inversion.config import field_help
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +39,12 @@ def test_imports_go_one_way():
             assert inside or known, f"{path.name} imports {module}"
     for path in engine.rglob("*.py"):
         assert not any("nodes" in module for module in imported(path)), f"{path.name} imports nodes"
+
+
+def test_pack_works_without_an_installed_engine():
+    """ComfyUI imports this folder by its path; only development installs ``textual_inversion``."""
+    for path in [*ROOT.glob("nodes/*.py"), *ROOT.glob("textual_inversion/**/*.py")]:
+        assert not any(module.split(".")[0] == "textual_inversion" for module in imported(path)), path.name
 
 
 def test_root_imports_nothing_at_once():

@@ -6,17 +6,18 @@ import comfy.model_management
 import psutil
 import pytest
 import torch
-from ti_pack.textual_inversion import TrainConfig, TrainingError, TrainingStopped, initial_embedding, train
-from ti_pack.textual_inversion.adapters.comfyui import ComfyModel
-from ti_pack.textual_inversion.dataset import (
+from ti_test_pack import weights_hash
+
+from textual_inversion import TrainConfig, TrainingError, TrainingStopped, initial_embedding, train
+from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.dataset import (
     Dataset,
     fixed_batches,
     make_dataset,
     training_batches,
 )
-from ti_pack.textual_inversion.objective import batch_loss, denoising_loss
-from ti_pack.textual_inversion.state import load_state, save_state
-from ti_test_pack import weights_hash
+from textual_inversion.objective import batch_loss, denoising_loss
+from textual_inversion.state import load_state, save_state
 
 
 def learn(graph, images, config, captions=(), masks=(), on_step=lambda step: None, saved=None):

@@ -15,10 +15,11 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from families import NAMED, agrees, build, flux_network, gradients
-from ti_pack.textual_inversion.adapters.comfyui_autograd import ordinary_weights
-from ti_pack.textual_inversion.adapters.comfyui_words import vocabularies
 from ti_test_pack import weights_hash
 from torch import nn
+
+from textual_inversion.adapters.comfyui_autograd import ordinary_weights
+from textual_inversion.adapters.comfyui_words import vocabularies
 
 FLUX = NAMED["Flux.1 dev"]
 WIDE = flux_network(hidden_size=256, num_heads=2)  # some formats take blocks of 256

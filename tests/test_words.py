@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from ti_pack.textual_inversion import Embedding, UserError, formats
-from ti_pack.textual_inversion.adapters.comfyui_encoding import encode
-from ti_pack.textual_inversion.adapters.comfyui_words import embedding_keys, text_encoders, with_words
+
+from textual_inversion import Embedding, UserError, formats
+from textual_inversion.adapters.comfyui_encoding import encode
+from textual_inversion.adapters.comfyui_words import embedding_keys, text_encoders, with_words
 
 
 @pytest.fixture
