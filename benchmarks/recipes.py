@@ -47,7 +47,7 @@ PLAIN = {
     "optimizer": "adamw",
     "schedule": "constant",
     "momentum": 0.9,
-    "context_vectors": 0,
+    "per_image_tokens": 0,
     "averaging": 0.0,
     "patience": 0,
     "evaluate_every": 10_000,
@@ -88,12 +88,12 @@ RECIPES = {
 
 # Ours with one piece changed: what is kept has to pay (docs/method.md).
 ABLATIONS = {
-    "no context words": Recipe("", {"context_vectors": 0}),
+    "no context words": Recipe("", {"per_image_tokens": 0}),
     "contexts alone": Recipe("", alone=True),
     "contexts alone for 200 steps": Recipe(
         "", {"steps": 200, "momentum": 0.8, "averaging": 0.9, "patience": 3, "evaluate_every": 20}, alone=True
     ),
-    "two context vectors": Recipe("", {"context_vectors": 2}),
+    "two context vectors": Recipe("", {"per_image_tokens": 2}),
     "adamw": Recipe("", {"optimizer": "adamw", "learning_rate": 2e-2, "momentum": 0.9}),
     "constant rate": Recipe("", {"schedule": "constant"}),
     "no averaging": Recipe("", {"averaging": 0.0}),

@@ -7,7 +7,7 @@ from textual_inversion import PreviewConfig, TrainConfig, UserError, initial_emb
 from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.dataset import check_pictures, make_dataset
 from textual_inversion.formats import file_name
-from textual_inversion.prompts import caption_prompt, check_trigger, training_prompts
+from textual_inversion.prompts import caption_prompt, check_trigger, template_prompts
 
 PICTURE = torch.rand(1, 16, 16, 3)
 
@@ -93,10 +93,10 @@ def test_bad_preview_settings():
 
 def test_templates_must_hold_the_word():
     with pytest.raises(UserError, match="has no place for the word"):
-        training_prompts("custom", "a sketch of {}\na sketch", "S*")
+        template_prompts("custom", "a sketch of {}\na sketch", "S*")
     with pytest.raises(UserError, match="needs a template"):
-        training_prompts("custom", " \n", "S*")
-    assert training_prompts("custom", "a sketch of {}\n\nS* drawn", "S*") == ("a sketch of S*", "S* drawn")
+        template_prompts("custom", " \n", "S*")
+    assert template_prompts("custom", "a sketch of {}\n\nS* drawn", "S*") == ("a sketch of S*", "S* drawn")
 
 
 @pytest.mark.parametrize(
@@ -114,18 +114,18 @@ def test_captions_get_the_word(caption, kind, prompt):
 
 
 def test_word_of_the_vocabulary_is_refused(graph):
-    with ComfyModel(*graph) as model, pytest.raises(UserError, match="'cat' is a word the text encoder knows"):
+    with ComfyModel(*graph).training() as model, pytest.raises(UserError, match="already knows the word 'cat'"):
         initial_embedding(model.vocabularies(), "cat", "", 1)
 
 
 def test_initializer_without_a_token_is_refused(graph):
-    with ComfyModel(*graph) as model, pytest.raises(UserError, match="holds no word"):
+    with ComfyModel(*graph).training() as model, pytest.raises(UserError, match="contains no word"):
         initial_embedding(model.vocabularies(), "S*", " ", 1)
 
 
 def test_initializers(graph):
     """Fewer words than vectors are repeated, more are averaged, none is the mean of the vocabulary."""
-    with ComfyModel(*graph) as model:
+    with ComfyModel(*graph).training() as model:
         table = graph.clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight.float()
         one = initial_embedding(model.vocabularies(), "S*", "toy", 3).vectors["clip_l"]
         assert torch.equal(one[0], one[2])
@@ -138,7 +138,7 @@ def test_initializers(graph):
 
 
 def test_more_vectors_than_a_prompt_holds(graph):
-    with ComfyModel(*graph) as model:
+    with ComfyModel(*graph).training() as model:
         word = initial_embedding(model.vocabularies(), "S*", "toy", 72)
         model.check_prompts(["a photo of S*"], word)
         with pytest.raises(UserError, match="use fewer vectors or a shorter prompt"):
@@ -147,10 +147,10 @@ def test_more_vectors_than_a_prompt_holds(graph):
 
 def test_clip_of_another_model(checkpoints, load):
     small, other = load(checkpoints["SmallSD1"]), load(checkpoints["SmallSDXL"])
-    with ComfyModel(small.model, other.clip, small.vae) as model:
+    with ComfyModel(small.model, other.clip, small.vae).training() as model:
         word = initial_embedding(model.vocabularies(), "S*", "", 1)
         with pytest.raises(UserError, match="CLIP and MODEL do not belong together"):
-            model.check_fit(torch.zeros(4, 8, 8), "a photo of S*", word)
+            model.check_compatible(torch.zeros(4, 8, 8), "a photo of S*", word)
 
 
 def test_vae_of_another_model(graph, wide_vae):

@@ -64,10 +64,10 @@ def test_checkpointing(family, graph):
 def test_training(family, graph):
     """20 steps on one picture lower the loss on fixed noise; MODEL, CLIP and VAE are bit for bit what they were."""
     before = weights_hash(graph[0].model, graph[1].cond_stage_model, graph[2].first_stage_model)
-    config = TrainConfig(initializer="toy", steps=20, batch_size=1, learning_rate=0.05, context_vectors=0)
+    config = TrainConfig(initializer="toy", steps=20, batch_size=1, learning_rate=0.05, per_image_tokens=0)
     model = ComfyModel(*graph[:3])
     dataset = prepared(family, model, config, 1)
-    with model:
+    with model.training():
         word = initial_embedding(model.vocabularies(), config.trigger, config.initializer, 1)
         steps = list(train(model, word.trainable(), dataset, config))
     assert steps[-1].best_loss < steps[0].best_loss
@@ -81,9 +81,9 @@ def test_initializer_is_found_in_every_kind_of_vocabulary(name):
     """CLIP's, T5's, a byte-level one and sentencepiece's: a word of it, and learning starts at it."""
     family = NAMED[name]
     model = ComfyModel(*build(family))
-    config = TrainConfig(batch_size=2, context_vectors=0)
+    config = TrainConfig(batch_size=2, per_image_tokens=0)
     dataset = prepared(family, model, config, 1)
-    with model:
+    with model.training():
         word = with_initializer(model, dataset, config).initializer
         known = model.vocabularies()
         assert any(word in vocabulary.words().values() for vocabulary in known.values())
@@ -110,7 +110,7 @@ def test_sampling(family, graph):
         drawn = sampler.generate("a photo of S*", word, shape, 0, 2, 1.0)  # at scale 1 the prompt alone
     assert drawn.shape == (1, family.size, family.size, 3)
     assert torch.isfinite(drawn).all()
-    with torch.inference_mode(False), model, torch.no_grad():
+    with torch.inference_mode(False), model.training(), torch.no_grad():
         for latents, sigmas, sampled in seen:
             # Encoded together with others, of the same length and another.
             conditioning = model.encode_prompts(["S*", "a photo of S*", "a photo of a S* at night"], word)[1:2]

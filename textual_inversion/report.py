@@ -11,7 +11,7 @@ from .adapters.protocol import TrainableModel
 from .config import TrainConfig
 from .dataset import Dataset
 from .embedding import Embedding
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, learning_rate
 from .prompts import place_trigger
 from .training import Step
 
@@ -26,7 +26,7 @@ def learned_embedding(step: Step, config: TrainConfig, base_model: str) -> Embed
         "base_model": base_model,
         "steps": str(step.best_step),
         "seed": str(config.seed),
-        "settings": json.dumps(asdict(config)),
+        "settings": json.dumps(asdict(config) | {"learning_rate": learning_rate(config)}),
         "version": __version__,
     }
     return Embedding(step.best.trigger, step.best.vectors, metadata)

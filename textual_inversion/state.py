@@ -126,12 +126,15 @@ def load_state(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def saved_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings of a run by the names they have on disk, which no later version changes."""
+    names, settings = saved_names(TrainConfig), asdict(config) | {"learning_rate": learning_rate(config)}
+    return {name: settings[ours] for ours, name in names.items()}
+
+
 def fingerprint(config: TrainConfig, texts: Iterable[str], tensors: Iterable[Tensor]) -> str:
     """The same for the same settings, captions, pictures, masks and start, in every process and version."""
-    settings = asdict(config) | {"learning_rate": learning_rate(config)}
-    names = saved_names(TrainConfig)
-    saved = {names[name]: value for name, value in settings.items()}
-    digest = hashlib.sha256(json.dumps([saved, list(texts)]).encode())
+    digest = hashlib.sha256(json.dumps([saved_settings(config), list(texts)]).encode())
     for tensor in tensors:
         digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
