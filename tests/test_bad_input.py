@@ -5,9 +5,10 @@ import torch
 
 from textual_inversion import PreviewConfig, TrainConfig, UserError, initial_embedding
 from textual_inversion.adapters.comfyui import ComfyModel
-from textual_inversion.dataset import check_pictures, make_dataset
+from textual_inversion.dataset import Batch, check_pictures, make_dataset
 from textual_inversion.formats import file_name
-from textual_inversion.prompts import caption_prompt, check_trigger, template_prompts
+from textual_inversion.image_tokens import IMAGE_SLOT, IMAGE_TEMPLATES, image_trigger
+from textual_inversion.prompts import SLOT, TEMPLATES, caption_prompt, check_trigger, template_prompts
 
 PICTURE = torch.rand(1, 16, 16, 3)
 
@@ -167,3 +168,46 @@ def test_text_encoder_without_embeddings(graph):
     clip.tokenizer = Plain()
     with pytest.raises(UserError, match="takes no embeddings"):
         ComfyModel(graph.model, clip, graph.vae)
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_image_templates_are_the_templates_with_a_second_slot(kind):
+    """Prompts with and without a per-image token are drawn alike, and each slot is there once."""
+    assert len(IMAGE_TEMPLATES[kind]) == len(TEMPLATES[kind])
+    for plain, with_image in zip(TEMPLATES[kind], IMAGE_TEMPLATES[kind], strict=True):
+        assert (plain.count(SLOT), with_image.count(SLOT), with_image.count(IMAGE_SLOT)) == (1, 1, 1)
+        rest = with_image.replace(f" of {IMAGE_SLOT}", "").replace(f" on a {IMAGE_SLOT} background", "")
+        assert rest == plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "caption", "used"),
+    [
+        ({}, "", True),
+        ({}, "  ", True),
+        ({}, "on grass", False),
+        ({"per_image_tokens": 0}, "", False),
+        ({"kind": "style"}, "", True),
+        ({"kind": "custom", "template": "a painting inspired by {}"}, "", False),
+    ],
+)
+def test_only_pictures_without_captions_get_tokens_of_their_own(changes, caption, used):
+    config = TrainConfig(**changes)
+    dataset = make_dataset(lambda images: [torch.zeros(4, 2, 2) for _ in images], [PICTURE], [], [caption], config)
+    assert bool(dataset.image_triggers[0]) == used
+    assert all((image_trigger(0) in prompt) == used for prompt in dataset.prompts[0])
+    assert all(config.trigger in prompt for prompt in dataset.prompts[0])
+
+
+@pytest.mark.parametrize("index", [slice(1, 3), [2, 0], torch.tensor([True, False, True])])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_of_a_batch(index, masked):
+    numbers = torch.arange(3.0)
+    shaped = numbers.view(3, 1, 1, 1).expand(3, 1, 2, 2)
+    batch = Batch(shaped, shaped if masked else None, ["0", "1", "2"], shaped, numbers).rows(index)
+    chosen = numbers[index]
+    assert batch.prompts == [str(int(number)) for number in chosen]
+    assert torch.equal(batch.quantiles, chosen)
+    parts = [batch.latents, batch.noise, *([] if batch.masks is None else [batch.masks])]
+    assert len(parts) == 2 + masked
+    assert all(torch.equal(part[:, 0, 0, 0], chosen) for part in parts)

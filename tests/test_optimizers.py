@@ -1,14 +1,17 @@
 """How vectors move, what is kept of them, and when it ends."""
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from textual_inversion import Embedding, TrainConfig, initial_embedding, train
+from textual_inversion import Embedding, TrainConfig, UserError, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.config import OptimizerName
 from textual_inversion.dataset import make_dataset
 from textual_inversion.image_tokens import TrainedTokens
-from textual_inversion.optimizers import Sphere
+from textual_inversion.optimizers import OPTIMIZERS, Sphere, check_settings, learning_rate, make_optimizer
 from textual_inversion.training import update_ema
 from textual_inversion.vocabulary import Vocabulary, word_of
 
@@ -98,6 +101,29 @@ def test_stops_early_without_improvement(graph, pictures, patience, last):
     with model.training():
         start = initial_embedding(model.vocabularies(), "S*", "toy", 1)
         assert [step.number for step in train(model, start.trainable(), dataset, config)] == list(range(last + 1))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_settings_that_an_optimizer_ignores_are_refused(name):
+    """Every setting that it is said to ignore, and none at its default."""
+    check_settings(TrainConfig(optimizer=name))
+    assert OPTIMIZERS[name].ignores
+    for setting in OPTIMIZERS[name].ignores:
+        with pytest.raises(UserError, match=f"{setting} has no effect with optimizer {name}: set it back to"):
+            check_settings(TrainConfig(**{"optimizer": name, setting: 0.05}))
+
+
+def test_every_optimizer_has_a_name_in_the_settings():
+    assert tuple(OPTIMIZERS) == get_args(OptimizerName)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_zero_means_the_optimizers_own_rate(name):
+    assert learning_rate(TrainConfig(optimizer=name)) == OPTIMIZERS[name].learning_rate > 0
+    assert learning_rate(TrainConfig(optimizer=name, learning_rate=0.01)) == 0.01
+    tokens = TrainedTokens(Embedding("S*", {"clip_l": torch.ones(1, 4)}).trainable())
+    (group,) = make_optimizer(tokens, TrainConfig(optimizer=name)).param_groups
+    assert group["lr"] == OPTIMIZERS[name].learning_rate
 
 
 # The vocabulary ----------------------------------------------------------------------------------
