@@ -1,6 +1,4 @@
 """Tables, plot and contact sheets from the cells that concepts.py has measured."""
-# pyright: reportMissingImports=false
-# (demo/ comes onto the path at run time)
 
 import json
 import os
@@ -14,7 +12,8 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from recipes import ABLATIONS
+
+from .recipes import ABLATIONS
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -76,7 +75,7 @@ def table(recipes: dict[str, Cells]) -> str:
     lines = [
         "Means over concepts and seeds; in brackets the spread (standard deviation) over the cells, beside it that of",
         "one concept over the seeds. Pictures have no captions unless the recipe says so. What the columns mean is in",
-        "`benchmarks/concepts.py`.\n",
+        "`python -m benchmarks.concepts`.\n",
         "| recipe | cells | identity | over seeds | worst | low, middle, high noise | looks | obeys | drift | length "
         "| leak | seen | seconds | seen to 95% |",
         "|" + "---|" * 14,

@@ -1,11 +1,13 @@
-"""Draws the registry's icon and banner from the demo's own pictures: python docs/artwork.py"""
+"""Draws the registry's icon and banner from the demo's own pictures: python -m dev.artwork"""
 
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-HERE = Path(__file__).resolve().parent
-PICTURES = HERE.parent / "demo/concepts/heart/train"
+from .get_comfyui import ROOT
+
+DOCS = ROOT / "docs"
+PICTURES = ROOT / "demo/concepts/heart/train"
 DARK, LIGHT, ACCENT = "#1b1d2b", "#f4f1ea", "#ffb454"
 SCALE = 3  # drawn larger, then made smaller: smooth edges
 
@@ -53,5 +55,5 @@ def banner() -> Image.Image:
 
 
 if __name__ == "__main__":
-    icon().save(HERE / "icon.png", optimize=True)
-    banner().save(HERE / "banner.png", optimize=True)
+    icon().save(DOCS / "icon.png", optimize=True)
+    banner().save(DOCS / "banner.png", optimize=True)

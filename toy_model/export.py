@@ -1,6 +1,6 @@
 """Write a UNet, a text encoder and a TAESD as one fp16 checkpoint with Stable Diffusion 1 names.
 
-python export.py CHECKPOINT VAE.pt OUT.safetensors     puts another autoencoder into a checkpoint
+python -m toy_model.export CHECKPOINT VAE.pt OUT.safetensors     puts another autoencoder into a checkpoint
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import re
 from pathlib import Path
 
 import torch
-from autoencoder import SHARP_DECODER, NarrowTAESD, to_diffusers
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
+
+from .autoencoder import SHARP_DECODER, NarrowTAESD, to_diffusers
 
 LATENT_SCALE = 0.18215  # TAESD's latents are unscaled; ComfyUI's SD15 format scales by this
 

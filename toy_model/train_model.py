@@ -1,7 +1,7 @@
 """Train the text encoder and the UNet on the autoencoder's latents.
 
-python train_model.py WORK --minutes 110           reads WORK/d*.npy and WORK/vae.pt, writes WORK/latest.safetensors
-python train_model.py WORK --go-on CHECKPOINT      trains CHECKPOINT further on WORK/d*.npy
+python -m toy_model.train_model WORK --minutes 110  reads WORK/d*.npy, WORK/vae.pt, writes WORK/latest.safetensors
+python -m toy_model.train_model WORK --go-on FILE   trains FILE further on WORK/d*.npy
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from dataset import load_set
 from diffusers import AutoencoderTiny
-from export import export, load_vae
-from muon import Muon
-from networks import new_text_encoder, new_unet, noise_schedule, read_checkpoint
-from parallel import Clock, run
-from text import CONTEXT, END, VOCABULARY, tokenize
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from train_vae import as_batch
 from transformers import CLIPTextModel
+
+from .dataset import load_set
+from .export import export, load_vae
+from .muon import Muon
+from .networks import new_text_encoder, new_unet, noise_schedule, read_checkpoint
+from .parallel import Clock, run
+from .text import CONTEXT, END, VOCABULARY, tokenize
+from .train_vae import as_batch
 
 NULL_CAPTIONS = 0.1
 FULL_CONTEXT_EVERY = 5  # other steps leave out padding: the text encoder is causal

@@ -7,13 +7,16 @@ import random
 from pathlib import Path
 
 import torch
-from networks import read_checkpoint, sampling_schedule
 from PIL import Image, ImageDraw
-from text import tokenize
 from torch import Tensor
-from world import caption, named_styles, random_picture
 
-CHECKPOINT = Path(__file__).parent / "models" / "toy.safetensors"
+from dev.get_comfyui import ROOT
+
+from .networks import read_checkpoint, sampling_schedule
+from .text import tokenize
+from .world import caption, named_styles, random_picture
+
+CHECKPOINT = ROOT / "demo/models/toy.safetensors"
 
 
 class Sampler:

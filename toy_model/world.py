@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from words import CHARACTER_NAMES, STYLE_NAMES
+
+from .words import CHARACTER_NAMES, STYLE_NAMES
 
 SIZE = 64
 COLOURS = {

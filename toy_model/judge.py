@@ -1,7 +1,7 @@
 """A small network that reads pictures of the toy world, and with it a measure of the model.
 
-python demo/judge.py train WORK      trains it, on rendered pictures alone
-python demo/judge.py measure         how often samples show what their captions ask for
+python -m toy_model.judge train WORK      trains it, on rendered pictures alone
+python -m toy_model.judge measure         how often samples show what their captions ask for
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from autoencoder import NarrowTAESD
-from drawing import render
 from safetensors.torch import load_file, save_file
-from sampling import CHECKPOINT, Sampler
 from torch import Tensor, nn
-from world import (
+
+from dev.get_comfyui import ROOT
+
+from .autoencoder import NarrowTAESD
+from .drawing import render
+from .sampling import CHECKPOINT, Sampler
+from .world import (
     COLOURS,
     EARS,
     EYES,
@@ -35,7 +38,7 @@ from world import (
     random_picture,
 )
 
-WEIGHTS = Path(__file__).parent / "models" / "judge.safetensors"
+WEIGHTS = ROOT / "demo/models/judge.safetensors"
 ALL_COLOURS = (*COLOURS, *HELD_OUT_COLOURS)
 ATTRIBUTES: dict[str, tuple] = {
     "shape": SHAPES,

@@ -1,4 +1,4 @@
-"""Render training pictures to disk: `python dataset.py OUT.npy --count 24000 --seed 1`."""
+"""Render training pictures to disk: `python -m toy_model.dataset OUT.npy --count 24000 --seed 1`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import random
 from pathlib import Path
 
 import numpy as np
-from drawing import render
-from world import caption, random_picture
+
+from .drawing import render
+from .world import caption, random_picture
 
 
 def render_set(count: int, seed: int) -> tuple[np.ndarray, list[str]]:

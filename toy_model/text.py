@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
-from get_comfyui import comfyui_path
 from torch import Tensor
 from transformers import CLIPTokenizer
+
+from dev.get_comfyui import comfyui_path
 
 CONTEXT = 77
 END = 49407  # ends a text and pads it

@@ -1,7 +1,7 @@
 """Train the autoencoder, or with --decoder-only sharpen the decoder of a trained one.
 
-python train_vae.py WORK --minutes 18          reads WORK/d*.npy, writes WORK/vae.pt
-python train_vae.py WORK --minutes 8 --decoder-only
+python -m toy_model.train_vae WORK --minutes 18          reads WORK/d*.npy, writes WORK/vae.pt
+python -m toy_model.train_vae WORK --minutes 8 --decoder-only
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from autoencoder import SHARP_DECODER, NarrowTAESD, to_diffusers
-from dataset import load_set
-from muon import Muon
-from parallel import Clock, run
 from PIL import Image
 from torch import Tensor
+
+from .autoencoder import SHARP_DECODER, NarrowTAESD, to_diffusers
+from .dataset import load_set
+from .muon import Muon
+from .parallel import Clock, run
 
 HELD_BACK = 128  # pictures at the front of the data that training never sees
 

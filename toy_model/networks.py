@@ -1,6 +1,6 @@
 """The demo model's networks, and the three of them read back from a checkpoint.
 
-python networks.py CHECKPOINT FOLDER     writes a folder that diffusers' from_pretrained takes
+python -m toy_model.networks CHECKPOINT FOLDER     writes a folder that diffusers' from_pretrained takes
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from export import text_tensors, unet_tensors, vae_tensors
 from safetensors.torch import load_file
-from text import CONTEXT, END, VOCABULARY, tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
+
+from .export import text_tensors, unet_tensors, vae_tensors
+from .text import CONTEXT, END, VOCABULARY, tokenizer
 
 LATENT_SIDE = 8
 TEXT_WIDTH = 96

@@ -1,20 +1,16 @@
-"""Pictures of the nodes for their help pages, from a real ComfyUI: python docs/screenshots.py"""
+"""Pictures of the nodes for their help pages, from a real ComfyUI: python -m dev.screenshots"""
 
 import io
 import json
 import shutil
-import sys
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "demo"))
-
-from comfyui_server import ComfyServer  # noqa: E402
-from get_browser import browser_path  # noqa: E402
+from .comfyui_server import ComfyServer
+from .get_browser import browser_path
+from .get_comfyui import ROOT
 
 SETTINGS = {
     "Comfy.VueNodes.Enabled": True,

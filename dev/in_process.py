@@ -1,6 +1,5 @@
 """ComfyUI and this pack inside one Python process, without a server: for measurements and tests."""
 
-import importlib.util
 import sys
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -8,7 +7,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-from get_comfyui import ROOT, comfyui_path
+from .get_comfyui import ROOT, comfyui_path
 
 
 class _InstalledEngine(MetaPathFinder, Loader):
@@ -46,16 +45,3 @@ def import_comfyui(base: Path) -> None:
     args.base_directory = str(base)
     for folder in ("custom_nodes", "models/checkpoints", "models/embeddings", "input", "output"):
         (base / folder).mkdir(parents=True, exist_ok=True)
-
-
-def import_folder(name: str, folder: Path) -> ModuleType:
-    """A package from a folder whose parent is not on ``sys.path``, under the name ``name``."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module

@@ -25,8 +25,9 @@ from typing import Any
 import psutil
 import requests
 import websocket
-from get_comfyui import ROOT, comfy_cli, comfyui_path
 from tqdm import tqdm
+
+from .get_comfyui import ROOT, comfy_cli, comfyui_path
 
 START_SECONDS = 300
 STOP_SECONDS = 15

@@ -1,4 +1,4 @@
-"""Draw what the model has never seen: `python demo/make_concepts.py` fills demo/concepts.
+"""Draw what the model has never seen: `python -m toy_model.make_concepts` fills demo/concepts.
 
 Every concept gets four pictures to learn from and eight to check with, each with a caption beside
 it in which `{}` stands for the new word, and a concept.json that says what it really is.
@@ -12,11 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from drawing import render
 from PIL import Image
-from world import Character, Picture, Style, caption, describe, named_characters, named_styles
 
-CONCEPTS = Path(__file__).parent / "concepts"
+from dev.get_comfyui import ROOT
+
+from .drawing import render
+from .world import Character, Picture, Style, caption, describe, named_characters, named_styles
+
+CONCEPTS = ROOT / "demo/concepts"
 CHARACTERS = {  # shape, colour, second colour, pattern, eyes, ears
     "heart": Character("heart", "orange", "blue", "dots", 1, "horns"),
     "square": Character("square", "white", "red", "checks", 2, "ears"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from world import SCENES, SIZE, Character, Picture, Style, rgb
+
+from .world import SCENES, SIZE, Character, Picture, Style, rgb
 
 _rows, _columns = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 PAGE_X = (_columns + 0.5) / SIZE * 2 - 1  # both axes from -1 to 1, y downwards
