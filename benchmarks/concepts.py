@@ -5,8 +5,8 @@
     python -m benchmarks.concepts --report                         only the tables, plot and sheets
     python -m benchmarks.concepts --model my.safetensors --concepts my/cat my/dog
 
-Every finished cell (recipe, concept, seed) is a file, so that a run can be stopped and goes on later,
-and several can share the work. A concept of one's own is a folder with train/, heldout/ (pictures with
+Every finished cell (recipe, concept, seed) is a line of cells.jsonl, so that a run can be stopped and goes
+on later, and several can share the work. A concept of one's own is a folder with train/, heldout/ (pictures with
 NAME.txt, {} for the word) and concept.json ({"kind": "object", "initializer": "cat"}).
 
 identity   1 - L(word) / L(class): the share of the initializer's held-out loss that the word takes away,
@@ -33,6 +33,7 @@ from torch import Tensor
 from demo.measure import CONCEPTS, Bench, Concept
 from dev.get_comfyui import ROOT
 
+from .cells import add_cell, file_name, read_cells
 from .recipes import ABLATIONS, RECIPES, Recipe
 
 OUT = ROOT / "benchmarks/results/concepts"
@@ -211,24 +212,23 @@ def main() -> None:
 
 
 def learn(bench: Bench, args: argparse.Namespace, name: str, recipe: Recipe, concept: Concept, seed: int) -> None:
-    """Runs a cell unless its file is there, made with the same settings."""
+    """Measures a cell, unless that has been done with the same settings."""
     from textual_inversion import formats
     from textual_inversion.pictures import to_pillow
 
     name += " + captions" if args.captions else ""
     cell = Cell(bench, name, recipe, concept, seed, args.captions)
-    path = args.out / "cells" / f"{name.replace(' ', '-')}--{concept.folder.name}--{seed}.json"
-    if path.exists() and json.loads(path.read_text())["settings"] == cell.about["settings"]:
+    known = read_cells(args.out).get((name, concept.folder.name, seed))
+    if known and known["settings"] == cell.about["settings"]:
         return
     result, word, pictures = cell.run()
+    path = args.out / "cells" / file_name(result)
     if pictures is not None and seed == 0:
-        to_pillow(torch.cat(list(pictures), dim=1)).save(path.with_suffix(".jpg"), quality=90)
-    formats.write(word, path.with_suffix(".safetensors"))
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result) + "\n")
-    partial.replace(path)
+        to_pillow(torch.cat(list(pictures), dim=1)).save(f"{path}.jpg", quality=90)
+    formats.write(word, Path(f"{path}.safetensors"))
+    add_cell(args.out, result)
     obeys = f"obeys {result['obeys']:.0%} looks {result['looks']:.0%}" if "obeys" in result else ""
-    print(f"{path.stem}: identity {result['identity']:.3f} drift {result['drift']:.3f} {obeys}", flush=True)
+    print(f"{path.name}: identity {result['identity']:.3f} drift {result['drift']:.3f} {obeys}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from .cells import file_name, read_cells
 from .recipes import ABLATIONS
 
 mpl.use("Agg")
@@ -25,8 +26,8 @@ SIDE = 96  # pixels of a picture on a contact sheet
 
 
 def write_report(out: Path) -> None:
-    """``report.md``, ``report.json``, ``identity.png`` and one sheet a concept, from ``out/cells``."""
-    cells: Cells = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
+    """``report.md``, ``report.json``, ``identity.png`` and one sheet a concept, from the cells in ``out``."""
+    cells: Cells = list(read_cells(out).values())
     recipes: dict[str, Cells] = {}
     for cell in cells:
         cell["95%"] = to_95_percent(cell)
@@ -162,7 +163,8 @@ def sheet(concept: str, recipes: list[str], out: Path) -> None:
 
     The samples stay where they were drawn, beside the cells: the sheet is left as it is where one is missing.
     """
-    strips = {name: out / "cells" / f"{name.replace(' ', '-')}--{concept}--0.jpg" for name in recipes}
+    about = {"concept": concept, "seed": 0}
+    strips = {name: out / "cells" / f"{file_name({'recipe': name, **about})}.jpg" for name in recipes}
     if not all(path.exists() for path in strips.values()):
         return
     rows = {name: Image.open(path) for name, path in strips.items()}
