@@ -9,8 +9,8 @@ export PYTHONUNBUFFERED := 1
 .PHONY: setup demo test lint format clean
 
 setup: .venv/.ready
-	@$(PYTHON) demo/get_comfyui.py
-	@$(PYTHON) demo/get_browser.py
+	@$(PYTHON) -m dev.get_comfyui
+	@$(PYTHON) -m dev.get_browser
 
 .venv/.ready: requirements-dev.txt pyproject.toml
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -24,7 +24,7 @@ setup: .venv/.ready
 	@touch $@
 
 demo: setup
-	@$(PYTHON) demo/run.py
+	@$(PYTHON) -m demo.run
 
 test: setup
 	@$(PYTHON) -m pytest

@@ -1,28 +1,25 @@
 """Recipes against each other: what a word learned from pictures without captions is worth.
 
-    python benchmarks/concepts.py                                  every recipe, 8 concepts, 3 seeds
-    python benchmarks/concepts.py --recipes ours diffusers --seeds 0 --concepts heart ember
-    python benchmarks/concepts.py --report                         only the tables, plot and sheets
-    python benchmarks/concepts.py --model my.safetensors --concepts my/cat my/dog
+    python -m benchmarks.concepts                                  every recipe, 8 concepts, 3 seeds
+    python -m benchmarks.concepts --recipes ours diffusers --seeds 0 --concepts heart ember
+    python -m benchmarks.concepts --report                         only the tables, plot and sheets
+    python -m benchmarks.concepts --model my.safetensors --concepts my/cat my/dog
 
-Every finished cell (recipe, concept, seed) is a file, so that a run can be stopped and goes on later,
-and several can share the work. A concept of one's own is a folder with train/, heldout/ (pictures with
+Every finished cell (recipe, concept, seed) is a line of cells.jsonl, so that a run can be stopped and goes
+on later, and several can share the work. A concept of one's own is a folder with train/, heldout/ (pictures with
 NAME.txt, {} for the word) and concept.json ({"kind": "object", "initializer": "cat"}).
 
 identity   1 - L(word) / L(class): the share of the initializer's held-out loss that the word takes away,
            on 8 pictures it has not seen, with their true captions and the same noise for all
 obeys      demo model only: share of the backgrounds, hats or shapes asked for in unseen prompts that a
-           judge network finds in the samples (demo/judge.py)
+           judge network finds in the samples (toy_model/judge.py)
 looks      the same for the concept's own shape, colours, pattern, eyes and ears
 drift      1 - cosine of the text encoder's outputs for unseen prompts with the word and with its class
 leak       L(word) of held-out minus of training pictures
 """
-# pyright: reportMissingImports=false
-# (demo/ and the pack come onto the path at run time)
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,11 +30,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "demo"))
+from demo.measure import CONCEPTS, Bench, Concept
+from dev.get_comfyui import ROOT
 
-from measure import CONCEPTS, Bench, Concept  # noqa: E402
-from recipes import ABLATIONS, RECIPES, Recipe  # noqa: E402
+from .cells import add_cell, file_name, read_cells
+from .recipes import ABLATIONS, RECIPES, Recipe
 
 OUT = ROOT / "benchmarks/results/concepts"
 DEFAULT_CONCEPTS = ("circle", "diamond", "flower", "heart", "moon", "star", "ember", "lagoon")
@@ -153,9 +150,8 @@ class Cell:
 
 
 def samples_of(bench: Bench, concept: Concept, word, shape) -> tuple[dict[str, Any], Tensor]:
-    from judge import load_judge
-
     from textual_inversion.prompts import place_trigger
+    from toy_model.judge import load_judge
 
     asked = ASKED[concept.kind]
     prompts = [place_trigger(prompt, word.trigger) for prompt in asked]
@@ -198,30 +194,29 @@ def main() -> None:
         bench = Bench(args.model) if args.model else Bench()
         for name, concept, seed in cells(args, recipes):
             learn(bench, args, name, recipes[name], Concept.read(concept), seed)
-    from concepts_report import write_report
+    from .concepts_report import write_report
 
     write_report(args.out)
 
 
 def learn(bench: Bench, args: argparse.Namespace, name: str, recipe: Recipe, concept: Concept, seed: int) -> None:
-    """Runs a cell unless its file is there, made with the same settings."""
+    """Measures a cell, unless that has been done with the same settings."""
     from textual_inversion import formats
     from textual_inversion.pictures import to_pillow
 
     name += " + captions" if args.captions else ""
     cell = Cell(bench, name, recipe, concept, seed, args.captions)
-    path = args.out / "cells" / f"{name.replace(' ', '-')}--{concept.folder.name}--{seed}.json"
-    if path.exists() and json.loads(path.read_text())["settings"] == cell.about["settings"]:
+    known = read_cells(args.out).get((name, concept.folder.name, seed))
+    if known and known["settings"] == cell.about["settings"]:
         return
     result, word, pictures = cell.run()
+    path = args.out / "cells" / file_name(result)
     if pictures is not None and seed == 0:
-        to_pillow(torch.cat(list(pictures), dim=1)).save(path.with_suffix(".jpg"), quality=90)
-    formats.write(word, path.with_suffix(".safetensors"))
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result) + "\n")
-    partial.replace(path)
+        to_pillow(torch.cat(list(pictures), dim=1)).save(f"{path}.jpg", quality=90)
+    formats.write(word, Path(f"{path}.safetensors"))
+    add_cell(args.out, result)
     obeys = f"obeys {result['obeys']:.0%} looks {result['looks']:.0%}" if "obeys" in result else ""
-    print(f"{path.stem}: identity {result['identity']:.3f} drift {result['drift']:.3f} {obeys}", flush=True)
+    print(f"{path.name}: identity {result['identity']:.3f} drift {result['drift']:.3f} {obeys}", flush=True)
 
 
 if __name__ == "__main__":

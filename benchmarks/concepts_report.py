@@ -1,6 +1,4 @@
 """Tables, plot and contact sheets from the cells that concepts.py has measured."""
-# pyright: reportMissingImports=false
-# (demo/ comes onto the path at run time)
 
 import json
 import os
@@ -14,7 +12,9 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from recipes import ABLATIONS
+
+from .cells import file_name, read_cells
+from .recipes import ABLATIONS
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -26,8 +26,8 @@ SIDE = 96  # pixels of a picture on a contact sheet
 
 
 def write_report(out: Path) -> None:
-    """``report.md``, ``report.json``, ``identity.png`` and one sheet a concept, from ``out/cells``."""
-    cells: Cells = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
+    """``report.md``, ``report.json``, ``identity.png`` and one sheet a concept, from the cells in ``out``."""
+    cells: Cells = list(read_cells(out).values())
     recipes: dict[str, Cells] = {}
     for cell in cells:
         cell["95%"] = to_95_percent(cell)
@@ -76,7 +76,7 @@ def table(recipes: dict[str, Cells]) -> str:
     lines = [
         "Means over concepts and seeds; in brackets the spread (standard deviation) over the cells, beside it that of",
         "one concept over the seeds. Pictures have no captions unless the recipe says so. What the columns mean is in",
-        "`benchmarks/concepts.py`.\n",
+        "`python -m benchmarks.concepts`.\n",
         "| recipe | cells | identity | over seeds | worst | low, middle, high noise | looks | obeys | drift | length "
         "| leak | seen | seconds | seen to 95% |",
         "|" + "---|" * 14,
@@ -163,7 +163,8 @@ def sheet(concept: str, recipes: list[str], out: Path) -> None:
 
     The samples stay where they were drawn, beside the cells: the sheet is left as it is where one is missing.
     """
-    strips = {name: out / "cells" / f"{name.replace(' ', '-')}--{concept}--0.jpg" for name in recipes}
+    about = {"concept": concept, "seed": 0}
+    strips = {name: out / "cells" / f"{file_name({'recipe': name, **about})}.jpg" for name in recipes}
     if not all(path.exists() for path in strips.values()):
         return
     rows = {name: Image.open(path) for name, path in strips.items()}

@@ -1,13 +1,11 @@
 """What training takes through ComfyUI at full size: SD1.5 and SDXL with random weights, float32, on a CPU.
 
-    python benchmarks/full_size.py SD1 --size 256 512
-    python benchmarks/full_size.py SDXL --size 512 --batch 1 --repeats 3      (20 GB of memory)
+    python -m benchmarks.full_size SD1 --size 256 512
+    python -m benchmarks.full_size SDXL --size 512 --batch 1 --repeats 3      (20 GB of memory)
 
 Seconds a step (median), the memory of MODEL and CLIP loaded, and what the training loop takes above it
 at its peak; without and with gradient checkpointing. Linux only.
 """
-# pyright: reportMissingImports=false
-# (demo/, tests/ and the pack come onto the path at run time)
 
 import argparse
 import statistics
@@ -19,11 +17,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "tests")]
+from dev.in_process import ROOT, import_comfyui
 
-from in_process import import_comfyui  # noqa: E402
-from speed import peak_memory, resident  # noqa: E402
+from .speed import peak_memory, resident
 
 UNET = {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False}
 UNET |= {"use_temporal_attention": False, "use_checkpoint": False, "model_channels": 320}
@@ -66,6 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="comfyui-") as base:
         import_comfyui(Path(base))
+        sys.path.append(str(ROOT / "tests"))
         from families import NAMED, build
 
         family = NAMED[args.model]

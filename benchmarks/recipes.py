@@ -1,6 +1,4 @@
 """How others learn a word, and how we do: settings of the one training loop, and where it starts from."""
-# pyright: reportMissingImports=false
-# (demo/ and the pack come onto the path at run time)
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,17 +1,15 @@
 """What a training step costs: the bare networks, ours, and the way of diffusers' script, on the same classes.
 
-    python benchmarks/speed.py                     the demo model, through ComfyUI and through diffusers
-    python benchmarks/speed.py --checkpointing     without and with gradient checkpointing
-    python benchmarks/speed.py --full              SD1.5's full size with random weights (16 GB of memory)
-    python benchmarks/speed.py --full --device cuda --dtype bfloat16 --channels-last --compile
+    python -m benchmarks.speed                     the demo model, through ComfyUI and through diffusers
+    python -m benchmarks.speed --checkpointing     without and with gradient checkpointing
+    python -m benchmarks.speed --full              SD1.5's full size with random weights (16 GB of memory)
+    python -m benchmarks.speed --full --device cuda --dtype bfloat16 --channels-last --compile
 
 For every size and batch: the bare UNet forward and backward to its context, the bare text encoder
 forward and backward to its token vectors, our whole step, and one of diffusers' training script. They
 take turns, so that whatever else the machine does hits all alike. Prints medians with their quartiles,
 and the memory that each takes above the loaded weights (on a CPU: on Linux only).
 """
-# pyright: reportMissingImports=false
-# (demo/ and the pack come onto the path at run time)
 
 import argparse
 import copy
@@ -38,15 +36,12 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
-
-from in_process import ROOT, import_comfyui, import_folder
-from networks import pipeline_from_checkpoint, sampling_schedule
-from text import tokenizer
-
+from dev.in_process import ROOT, import_comfyui
 from textual_inversion import TrainConfig, initial_embedding, train
 from textual_inversion.adapters.diffusers_pipeline import DiffusersModel
 from textual_inversion.dataset import Batch, Dataset, make_dataset, training_batches
+from toy_model.networks import pipeline_from_checkpoint, sampling_schedule
+from toy_model.text import tokenizer
 
 CHECKPOINT = ROOT / "demo/models/toy.safetensors"
 WAYS = UNET, TEXT, OURS, THEIRS = "bare UNet", "text encoder", "our step", "diffusers' way"
@@ -108,7 +103,8 @@ def demo_graph() -> tuple[Any, ...]:
     """MODEL, CLIP and VAE of the demo model, as ComfyUI's Load Checkpoint gives them."""
     import comfy.sd
 
-    import_folder("textual_inversion_demo_model", ROOT / "demo/comfyui_pack")
+    import demo.comfyui_pack  # noqa: F401  lets ComfyUI recognise the checkpoint
+
     with torch.inference_mode():
         return comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT), output_vae=True, output_clip=True)[:3]
 

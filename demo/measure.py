@@ -1,7 +1,7 @@
 """How well a word explains pictures it has not been trained on.
 
-    python demo/measure.py                 learns every concept of demo/concepts and prints a table
-    python demo/measure.py --concepts x y  only these
+    python -m demo.measure                 learns every concept of demo/concepts and prints a table
+    python -m demo.measure --concepts x y  only these
 
 The held-out loss is the mean of ((denoised - x0) / sigma)^2 over 8 pictures and 16 noise levels each,
 with the same noise for every text, so that texts can be compared.
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from in_process import ROOT, import_comfyui, import_folder
+
+from dev.in_process import ROOT, import_comfyui
 
 CONCEPTS = ROOT / "demo/concepts"
 CHECKPOINT = ROOT / "demo/models/toy.safetensors"
@@ -53,7 +54,8 @@ class Bench:
         from textual_inversion.adapters.comfyui import ComfyModel
         from textual_inversion.pictures import load_folder
 
-        import_folder("textual_inversion_demo_model", ROOT / "demo/comfyui_pack")
+        from . import comfyui_pack  # noqa: F401  lets ComfyUI recognise the checkpoint
+
         with torch.inference_mode():
             parts = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_vae=True, output_clip=True)[:3]
         self.model, self._load_folder = ComfyModel(*parts), load_folder
@@ -105,8 +107,8 @@ class Bench:
 
 def world_words() -> list[str]:
     """Every single word the demo model has been trained on that could stand for a thing or a style."""
-    from words import CHARACTER_NAMES, STYLE_NAMES
-    from world import COLOURS, EARS, HATS, PATTERNS, SCENES, SHAPES
+    from toy_model.words import CHARACTER_NAMES, STYLE_NAMES
+    from toy_model.world import COLOURS, EARS, HATS, PATTERNS, SCENES, SHAPES
 
     return sorted({*CHARACTER_NAMES, *STYLE_NAMES, *COLOURS, *EARS, *HATS, *PATTERNS, *SCENES, *SHAPES} - {"none"})
 

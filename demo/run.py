@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from comfyui_server import ComfyServer
-from get_comfyui import ROOT
-from measure import Bench, Concept
 from PIL import Image, ImageDraw
+
+from dev.comfyui_server import ComfyServer
+from dev.get_comfyui import ROOT
+
+from .measure import Bench, Concept
 
 OUTPUT = ROOT / "demo/output"
 WORKFLOW = ROOT / "example_workflows/learn_an_object.json"

@@ -1,28 +1,27 @@
-"""Importing the pack and ComfyUI as ComfyUI does, small models, and the one server that tests share.
-
-``demo/`` and ``tests/`` are on ``sys.path`` (pyproject.toml, ``pythonpath``); the root never is.
-"""
+"""ComfyUI and the pack in this process, small models, and the one server that tests share."""
 
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from comfyui_server import ComfyServer
-from get_browser import MISSING, browser_path
-from in_process import ROOT, import_comfyui, import_folder, import_pack
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
+
+from dev.comfyui_server import ComfyServer
+from dev.get_browser import MISSING, browser_path
+from dev.in_process import ROOT, import_comfyui, import_pack
 
 _base = tempfile.TemporaryDirectory(prefix="comfyui-tests-")
 TEST_PACK = ROOT / "tests/comfyui_pack"
 
 import_pack()
 import_comfyui(Path(_base.name))
-import_folder("ti_test_pack", TEST_PACK)
+import_module("comfyui_pack")  # lets ComfyUI recognise the small checkpoints
 
 
 def pytest_unconfigure() -> None:

@@ -1,20 +1,18 @@
 """Kills ComfyUI with SIGKILL in the middle of training, runs the graph again, and compares every bit.
 
-python tests/kill_and_resume.py 100
+python -m tests.kill_and_resume 100
 """
 
 import itertools
 import random
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "demo"))
+from safetensors.torch import load_file
 
-from comfyui_server import ComfyServer  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from dev.comfyui_server import ComfyServer
+from dev.get_comfyui import ROOT
 
 STEPS = 40
 NUMBERS = itertools.count()

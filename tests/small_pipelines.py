@@ -19,7 +19,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from get_comfyui import comfyui_path
 from safetensors.torch import load_file
 from small_models import randomise
 from transformers import (
@@ -31,6 +30,8 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from dev.get_comfyui import comfyui_path
 
 WIDTH, WIDTH_G, WIDTH_T5 = 32, 48, 96
 DDPM = {

@@ -8,9 +8,10 @@ from mimetypes import guess_type
 
 import numpy as np
 import pytest
-from comfyui_server import ComfyServer
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
+
+from dev.comfyui_server import ComfyServer
 
 NODE = "TI_LoadImages"
 ROUTE = "/textual_inversion/pictures"

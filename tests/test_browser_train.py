@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from comfyui_server import ComfyServer
 from playwright.sync_api import Browser, Locator, Page, expect
+
+from dev.comfyui_server import ComfyServer
 
 LOAD, IMAGES, SETTINGS, TRAIN, REPORT, SECOND, SECOND_REPORT = map(str, range(1, 8))
 ENDLESS = 100_000  # steps: a run that only ends when it is told to

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import pipeline_from_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from textual_inversion import TrainConfig, formats
 from textual_inversion.config import field_help
+from toy_model.networks import pipeline_from_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "demo/concepts/heart/train"

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from measure import CONCEPTS, Bench, Concept, world_words
 
+from demo.measure import CONCEPTS, Bench, Concept, world_words
 from textual_inversion import TrainConfig, initial_embedding, train
 from textual_inversion.initializer import with_initializer
 

@@ -8,21 +8,21 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from comfyui_pack import weights_hash
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, EulerDiscreteScheduler
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from export import text_tensors, unet_tensors
-from in_process import ROOT, import_folder
-from networks import pipeline_from_checkpoint
 from safetensors.torch import save_file
 from small_models import randomise
 from small_pipelines import WIDTH, WIDTH_G, WIDTH_T5, small_pipeline
-from ti_test_pack import weights_hash
 
+from dev.in_process import ROOT
 from textual_inversion import Embedding, TrainConfig, UserError, initial_embedding, train, training
 from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.adapters.diffusers_pipeline import DiffusersModel
 from textual_inversion.dataset import Batch, Dataset
 from textual_inversion.objective import batch_loss
+from toy_model.export import text_tensors, unet_tensors
+from toy_model.networks import pipeline_from_checkpoint
 
 FAMILIES = ("SD1", "SDXL", "SD3", "Flux")
 PROMPTS = ["a photo of S*", "A rendering of one (S*), in the STYLE of s*!"]
@@ -309,7 +309,8 @@ def test_pipeline_is_unchanged_by_training_drawing_and_errors(family, monkeypatc
 def both(request, checkpoints, load) -> tuple[DiffusersModel, ComfyModel]:
     """The same weights through diffusers and through ComfyUI: random ones, and the demo model."""
     if request.param == "toy":
-        import_folder("textual_inversion_demo_model", ROOT / "demo/comfyui_pack")
+        import demo.comfyui_pack  # noqa: F401  lets ComfyUI recognise the checkpoint
+
         path = ROOT / "demo/models/toy.safetensors"
         pipeline = pipeline_from_checkpoint(path)
     else:
@@ -344,7 +345,8 @@ def test_agrees_with_comfyui(both):
 
 
 def test_demo_pictures_become_the_same_latents(load, pictures):
-    import_folder("textual_inversion_demo_model", ROOT / "demo/comfyui_pack")
+    import demo.comfyui_pack  # noqa: F401  lets ComfyUI recognise the checkpoint
+
     path = ROOT / "demo/models/toy.safetensors"
     (ours,) = DiffusersModel(pipeline_from_checkpoint(path)).encode_images(pictures(1))
     (theirs,) = ComfyModel(*load(path)).encode_images(pictures(1))

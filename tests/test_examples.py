@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comfyui_server import DEMO_PACK_NAME, ComfyServer
-from in_process import ROOT
-from measure import CONCEPTS
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from ti_pack.nodes.sockets import MAIN_FIELDS
+
+from demo.measure import CONCEPTS
+from dev.comfyui_server import DEMO_PACK_NAME, ComfyServer
+from dev.in_process import ROOT
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 BLOCK = ROOT / "subgraphs/Learn a Concept.json"

@@ -10,10 +10,10 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.nn.functional as F
+from comfyui_pack import weights_hash
 from families import FAMILIES, NAMED, Family, agrees, build, gradients, prepared
-from in_process import ROOT
-from ti_test_pack import weights_hash
 
+from dev.in_process import ROOT
 from textual_inversion import Embedding, TrainConfig, formats, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.adapters.comfyui_words import embedding_keys, reads_files, with_words

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from comfyui_server import ComfyServer
 from playwright.sync_api import Browser, Page, expect
+
+from dev.comfyui_server import ComfyServer
 
 LOCALES = Path(__file__).resolve().parent.parent / "locales"
 LANGUAGES = ["de", "es", "fr", "ja", "ko", "zh", "zh-TW"]  # English is in the nodes' schemas

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-from comfyui_server import ComfyServer
 from kill_and_resume import graph, kill_at, learned, node
+
+from dev.comfyui_server import ComfyServer
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,12 @@ import json
 import re
 
 import pytest
-from comfyui_server import ComfyServer
 from families import NAMED, build
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from dev.comfyui_server import ComfyServer
 
 NODE_IDS = {
     "TI_LoadImages",

@@ -6,7 +6,7 @@ import comfy.model_management
 import psutil
 import pytest
 import torch
-from ti_test_pack import weights_hash
+from comfyui_pack import weights_hash
 
 from textual_inversion import TrainConfig, TrainingError, TrainingStopped, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel

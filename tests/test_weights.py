@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfyui_pack import weights_hash
 from families import NAMED, agrees, build, flux_network, gradients
-from ti_test_pack import weights_hash
 from torch import nn
 
 from textual_inversion.adapters.comfyui_autograd import ordinary_weights

@@ -1,0 +1,1 @@
+"""Recipes, speed and memory, measured; the results are in results/."""

@@ -1,0 +1,47 @@
+"""ComfyUI and this pack inside one Python process, without a server: for measurements and tests."""
+
+import sys
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+from .get_comfyui import ROOT, comfyui_path
+
+
+class _InstalledEngine(MetaPathFinder, Loader):
+    """Lets ``ti_pack.textual_inversion`` be the installed engine instead of a second copy of it."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name.startswith("ti_pack.textual_inversion") else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = import_module(module.__name__.removeprefix("ti_pack."))
+
+
+def import_pack() -> None:
+    """Makes the repository the package ``ti_pack``, so that ``ti_pack.nodes`` can be imported.
+
+    ComfyUI too makes a package of the folder: the top-level name ``nodes`` is a module of its own.
+    """
+    if "ti_pack" not in sys.modules:
+        pack = sys.modules["ti_pack"] = ModuleType("ti_pack")
+        pack.__path__ = [str(ROOT)]
+        sys.meta_path.insert(0, _InstalledEngine())
+
+
+def import_comfyui(base: Path) -> None:
+    """ComfyUI on the CPU, with its models, input and output folders below ``base``; once a process."""
+    if "comfy" in sys.modules:
+        return
+    sys.path.insert(0, str(comfyui_path()))
+    from comfy.cli_args import args  # reads no command line unless main.py tells it to
+
+    args.cpu = True
+    args.base_directory = str(base)
+    for folder in ("custom_nodes", "models/checkpoints", "models/embeddings", "input", "output"):
+        (base / folder).mkdir(parents=True, exist_ok=True)

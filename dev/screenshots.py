@@ -1,0 +1,70 @@
+"""Pictures of the nodes for their help pages, from a real ComfyUI: python -m dev.screenshots"""
+
+import io
+import json
+import shutil
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from .comfyui_server import ComfyServer
+from .get_browser import browser_path
+from .get_comfyui import ROOT
+
+SETTINGS = {
+    "Comfy.VueNodes.Enabled": True,
+    "Comfy.TutorialCompleted": True,
+    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
+}
+WORKFLOWS = ("use_somebody_elses_embedding", "learn_an_object")
+HELP = ROOT / "web/docs"
+WIDTH = 420  # pixels of a picture
+
+
+def main() -> None:
+    with ComfyServer() as server, sync_playwright() as playwright:
+        for concept in (ROOT / "demo/concepts").iterdir():
+            if concept.is_dir():
+                shutil.copytree(concept / "train", server.base / "input" / concept.name)
+        shutil.copytree(ROOT / "demo/embeddings", server.base / "models/embeddings", dirs_exist_ok=True)
+        server.http.post(f"{server.url}/settings", json=SETTINGS, timeout=60).raise_for_status()
+        browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1600, "height": 1600})
+        page.goto(server.url)
+        page.wait_for_function("window.app?.extensionManager && app.graph")
+        for name in WORKFLOWS:
+            take(page, json.loads((ROOT / f"example_workflows/{name}.json").read_text()))
+        page.evaluate("app.graph.clear()")
+        page.evaluate("app.graph.add(LiteGraph.createNode('TI_TrainingSettings'))")
+        take_nodes(page)
+
+
+def take(page: Page, workflow: dict[str, Any]) -> None:
+    """Runs a workflow and takes a picture of each of our nodes in it."""
+    page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+    with page.expect_response("**/prompt"):
+        page.evaluate("app.queuePrompt(0)")
+    busy = "fetch('/queue').then(a => a.json()).then(queue => queue.queue_running.length + queue.queue_pending.length)"
+    while page.evaluate(busy):
+        page.wait_for_timeout(500)
+    take_nodes(page)
+
+
+def take_nodes(page: Page) -> None:
+    nodes = page.evaluate("app.graph.nodes.filter(n => n.comfyClass?.startsWith('TI_')).map(n => [n.id, n.comfyClass])")
+    for number, kind in nodes:
+        page.evaluate("""number => {
+            const node = app.graph.getNodeById(number);
+            app.canvas.ds.scale = 1;
+            app.canvas.ds.offset = [300 - node.pos[0], 120 - node.pos[1]];
+            app.canvas.setDirty(true, true);
+        }""", number)  # fmt: skip
+        page.wait_for_timeout(1000)
+        picture = Image.open(io.BytesIO(page.locator(f'[data-node-id="{number}"]').screenshot())).convert("RGB")
+        picture = picture.resize((WIDTH, picture.height * WIDTH // picture.width), Image.Resampling.LANCZOS)
+        picture.quantize(128).save(HELP / f"{kind}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Train the text encoder and the UNet on the autoencoder's latents.
+
+python -m toy_model.train_model WORK --minutes 110  reads WORK/d*.npy, WORK/vae.pt, writes WORK/latest.safetensors
+python -m toy_model.train_model WORK --go-on FILE   trains FILE further on WORK/d*.npy
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderTiny
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import CLIPTextModel
+
+from .dataset import load_set
+from .export import export, load_vae
+from .muon import Muon
+from .networks import new_text_encoder, new_unet, noise_schedule, read_checkpoint
+from .parallel import Clock, run
+from .text import CONTEXT, END, VOCABULARY, tokenize
+from .train_vae import as_batch
+
+NULL_CAPTIONS = 0.1
+FULL_CONTEXT_EVERY = 5  # other steps leave out padding: the text encoder is causal
+MIN_SNR = 5.0
+
+
+@torch.no_grad()
+def encode(images: Tensor, vae: AutoencoderTiny) -> Tensor:
+    vae = vae.to(memory_format=torch.channels_last)
+    return torch.cat([vae.encode(as_batch(part) * 2 - 1).latents for part in images.split(128)])
+
+
+class Words:
+    """The few words of the captions, numbered without gaps, so that training touches no others."""
+
+    def __init__(self, captions: list[str]) -> None:
+        tokens = tokenize([*captions, ""])
+        self.used, numbered = tokens.unique(return_inverse=True)
+        self.captions, self.null = numbered[:-1], numbered[-1]
+        self.longest = min(CONTEXT, int((tokens != END).sum(1).max()) + 6)
+
+    def whole(self, small: CLIPTextModel) -> CLIPTextModel:
+        """A text encoder with CLIP's whole vocabulary; words never seen get the mean vector."""
+        large = new_text_encoder(VOCABULARY)
+        weights = small.state_dict()
+        name = next(n for n in weights if n.endswith("token_embedding.weight"))
+        learned = weights[name]
+        table = learned.mean(0).repeat(VOCABULARY, 1)
+        table[self.used] = learned
+        large.load_state_dict(weights | {name: table})
+        return large.eval()
+
+    def part(self, large: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a text encoder with the whole vocabulary, cut to these words."""
+        name = next(n for n in large if n.endswith("token_embedding.weight"))
+        return large | {name: large[name][self.used]}
+
+
+class Average:
+    """A moving average of parameters, and a copy of the modules that carries it."""
+
+    def __init__(self, modules: nn.ModuleList) -> None:
+        self.modules = modules
+        self.values = [p.detach().clone() for p in modules.parameters()]
+
+    def update(self, step: int) -> None:
+        decay = min(0.999, (1 + step) / (20 + step))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.modules.parameters()], 1 - decay)
+
+    def save(self, words: Words, vae: AutoencoderTiny, path: Path) -> None:
+        """Write the averaged model as a checkpoint."""
+        current = [p.detach().clone() for p in self.modules.parameters()]
+        for parameter, value in zip(self.modules.parameters(), self.values, strict=False):
+            parameter.data.copy_(value)
+        export(self.modules[0], words.whole(self.modules[1]), vae, path)
+        for parameter, value in zip(self.modules.parameters(), current, strict=False):
+            parameter.data.copy_(value)
+
+
+def new_optimizers(modules: nn.ModuleList, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for kernels and matrices; words, each of them rare, learn faster than the rest."""
+    named = list(modules.named_parameters())
+    words = [p for n, p in named if n.endswith("token_embedding.weight")]
+    matrices = [p for n, p in named if p.ndim > 1 and min(p.shape[:2]) > 4 and not n.endswith("embedding.weight")]
+    chosen = {id(p) for p in words + matrices}
+    others = [p for p in modules.parameters() if id(p) not in chosen]
+    return [
+        Muon(matrices, peak),
+        torch.optim.AdamW(others, peak, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(words, 3 * peak, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def rate(step: int, progress: float) -> float:
+    """Warm-up by steps, then a cosine over the time given."""
+    return min(1, (step + 1) / 200) * (0.49 * (1 + math.cos(math.pi * progress)) + 0.02)
+
+
+def train(
+    args: argparse.Namespace, modules: nn.ModuleList, latents: Tensor, words: Words, vae: AutoencoderTiny
+) -> None:
+    unet, text_encoder = modules
+    clock = Clock(args.minutes)
+    optimizers = new_optimizers(modules, args.learning_rate)
+    schedules = [LambdaLR(optimizer, lambda step: rate(step, clock.progress)) for optimizer in optimizers]
+    average = Average(modules)
+    kept = noise_schedule().alphas_cumprod
+    snr = kept / (1 - kept)
+    weight = snr.clamp(max=MIN_SNR) / snr
+    saved, step, mean = 0.0, 0, None
+    order = torch.empty(0, dtype=torch.long)
+    while clock.progress < 1:
+        if len(order) < args.batch:
+            order = torch.randperm(len(latents))
+        chosen, order = order[: args.batch], order[args.batch :]
+        ids = words.captions[chosen]
+        ids = torch.where(torch.rand(args.batch, 1) < NULL_CAPTIONS, words.null, ids)
+        if step % FULL_CONTEXT_EVERY:
+            ids = ids[:, : words.longest]
+        spread = (torch.rand(args.batch) + torch.randperm(args.batch)) / args.batch
+        t = (spread * len(kept)).long().clamp(max=len(kept) - 1)
+        noise = torch.randn_like(latents[chosen])
+        share = kept[t].view(-1, 1, 1, 1)
+        noisy = share.sqrt() * latents[chosen] + (1 - share).sqrt() * noise
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        predicted = unet(noisy, t, text_encoder(ids).last_hidden_state).sample
+        errors = (predicted - noise).square().mean((1, 2, 3))
+        (errors * weight[t]).mean().backward()
+        clock.share_gradients(list(modules.parameters()))
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+        step += 1
+        average.update(step)
+        error = errors.mean().item()
+        mean = error if mean is None else 0.995 * mean + 0.005 * error
+        if dist.get_rank() > 0:
+            continue
+        if step % 100 == 0:
+            speed = step * args.batch * dist.get_world_size() / clock.seconds
+            print(f"{step} {clock.seconds:.0f}s loss {mean:.4f} {speed:.0f}/s", flush=True)
+        if clock.seconds - saved > 60 * args.save_every or clock.progress >= 1:
+            average.save(words, vae, args.work / "latest.safetensors")
+            saved = clock.seconds
+
+
+def worker(args: argparse.Namespace) -> None:
+    """Every process trains on a part of the pictures."""
+    images, captions = load_set(sorted(args.work.glob("d*.npy")))
+    words = Words(captions)
+    part = slice(dist.get_rank(), None, dist.get_world_size())
+    words.captions = words.captions[part]
+    vae = read_checkpoint(args.go_on)[2] if args.go_on else load_vae(args.work / "vae.pt")
+    latents = encode(torch.from_numpy(images[part]), vae)
+    torch.manual_seed(2)  # the same start in every process
+    modules = nn.ModuleList([new_unet(latents.shape[-1]), new_text_encoder(len(words.used))])
+    if args.go_on:
+        unet, text_encoder, _ = read_checkpoint(args.go_on)
+        modules[0].load_state_dict(unet.state_dict())
+        modules[1].load_state_dict(words.part(text_encoder.state_dict()))
+    modules[0].to(memory_format=torch.channels_last)
+    torch.manual_seed(args.seed + dist.get_rank())
+    print(f"{len(latents)} latents, {len(words.used)} words, context {words.longest}", flush=True)
+    train(args, modules, latents, words, vae)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--minutes", type=float, default=110)
+    parser.add_argument("--save-every", type=float, default=15, help="minutes")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--batch", type=int, default=32, help="of each process")
+    parser.add_argument("--go-on", type=Path, metavar="CHECKPOINT", help="train this one further")
+    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    run(worker, args, args.processes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Train the autoencoder, or with --decoder-only sharpen the decoder of a trained one.
+
+python -m toy_model.train_vae WORK --minutes 18          reads WORK/d*.npy, writes WORK/vae.pt
+python -m toy_model.train_vae WORK --minutes 8 --decoder-only
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .autoencoder import SHARP_DECODER, NarrowTAESD, to_diffusers
+from .dataset import load_set
+from .muon import Muon
+from .parallel import Clock, run
+
+HELD_BACK = 128  # pictures at the front of the data that training never sees
+
+
+def gradients(image: Tensor) -> tuple[Tensor, Tensor]:
+    return image[..., 1:, :] - image[..., :-1, :], image[..., 1:] - image[..., :-1]
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """L1, squared and edge errors, with L1 at half resolution for the overall layout."""
+    loss = F.l1_loss(output, target) + 4 * F.mse_loss(output, target)
+    for ours, theirs in zip(gradients(output), gradients(target), strict=False):
+        loss = loss + F.l1_loss(ours, theirs)
+    return loss + 0.5 * F.l1_loss(F.avg_pool2d(output, 2), F.avg_pool2d(target, 2))
+
+
+def latent_penalty(latents: Tensor) -> Tensor:
+    """Keeps every channel near mean 0 and deviation 1, and the values within the decoder's clamp."""
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    outside = (latents.abs() - 2.5).clamp_min(0)
+    return 0.02 * (mean**2 + (deviation - 1) ** 2).mean() + 0.002 * (outside**2).mean()
+
+
+def learning_rate(peak: float, step: int, progress: float) -> float:
+    return peak * min(1, (step + 1) / 50) * (0.49 * (1 + math.cos(math.pi * progress)) + 0.02)
+
+
+def as_batch(images: Tensor) -> Tensor:
+    batch = images.permute(0, 3, 1, 2).float() / 255
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def check(vae: NarrowTAESD, images: Tensor, sheet: Path) -> float:
+    """PSNR on held-back pictures; draws them above their reconstructions."""
+    target = as_batch(images)
+    output = vae.decoder(vae.encoder(target)).clamp(0, 1)
+    rows = []
+    for start in range(0, 64, 16):
+        rows += [torch.cat(list(side[start : start + 16]), 2) for side in (target, output)]
+    pixels = (torch.cat(rows, 1).permute(1, 2, 0) * 255).byte().numpy()
+    Image.fromarray(pixels).save(sheet)
+    return -10 * torch.log10(F.mse_loss(output, target)).item()
+
+
+def train(vae: NarrowTAESD, images: Tensor, minutes: float, peak: float, batch: int, decoder_only: bool) -> None:
+    """Leaves the moving average of the weights in the autoencoder."""
+    vae.encoder.requires_grad_(not decoder_only)
+    parameters = [p for p in vae.parameters() if p.requires_grad]
+    kernels = [p for p in parameters if p.ndim == 4 and min(p.shape[:2]) > 4]
+    others = [p for p in parameters if p.ndim < 4 or min(p.shape[:2]) <= 4]
+    optimizers = [Muon(kernels, peak), torch.optim.AdamW(others, peak, betas=(0.9, 0.97))]
+    average = [p.detach().clone() for p in vae.parameters()]
+    noise = 0.03 if decoder_only else 0.05
+    clock, step = Clock(minutes), 0
+    while clock.progress < 1:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(peak, step, clock.progress)
+        target = as_batch(images[torch.randint(HELD_BACK, len(images), (batch,))])
+        latents = vae.encoder(target)
+        output = vae.decoder(latents + noise * torch.randn_like(latents))
+        loss = reconstruction_loss(output, target) + latent_penalty(latents)
+        loss.backward()
+        clock.share_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        decay = min(0.998, step / (step + 20))
+        torch._foreach_lerp_(average, [p.detach() for p in vae.parameters()], 1 - decay)
+        if step % 100 == 0 and dist.get_rank() == 0:
+            psnr = -10 * torch.log10(F.mse_loss(output, target)).item()
+            speed = step * batch * dist.get_world_size() / clock.seconds
+            print(f"{step} {clock.seconds:.0f}s psnr {psnr:.2f} {speed:.0f}/s", flush=True)
+    for parameter, mean in zip(vae.parameters(), average, strict=False):
+        parameter.data.copy_(mean)
+
+
+def worker(args: argparse.Namespace) -> None:
+    images = torch.from_numpy(load_set(sorted(args.work.glob("d*.npy")))[0])
+    torch.manual_seed(0)  # the same start in every process
+    vae, target = NarrowTAESD(), args.work / "vae.pt"
+    if args.decoder_only:  # a new block starts as the ReLU whose place it takes
+        vae = NarrowTAESD(decoder_blocks=SHARP_DECODER)
+        vae.load_state_dict(torch.load(target), strict=False)
+        target = args.work / "vae_sharp.pt"
+    elif args.go_on:
+        vae.load_state_dict(torch.load(target))
+    vae = vae.to(memory_format=torch.channels_last)
+    torch.manual_seed(1 + dist.get_rank())  # but pictures and noise of its own
+    train(vae, images, args.minutes, args.learning_rate, args.batch, args.decoder_only)
+    if dist.get_rank() == 0:
+        torch.save(vae.state_dict(), target)
+        report(vae.eval(), images[:HELD_BACK], target)
+
+
+@torch.no_grad()
+def report(vae: NarrowTAESD, images: Tensor, target: Path) -> None:
+    sample = as_batch(images)
+    latents = vae.encoder(sample)
+    exact = to_diffusers(vae).encode(sample * 2 - 1).latents
+    psnr = check(vae, images, target.with_suffix(".png"))
+    print(f"held-out PSNR {psnr:.2f} dB, export error {(latents - exact).abs().max():.1e}")
+    print("latent deviation", latents.std((0, 2, 3)).tolist())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--decoder-only", action="store_true")
+    parser.add_argument("--go-on", action="store_true", help="start from WORK/vae.pt")
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
+    parser.add_argument("--batch", type=int, default=4, help="of each process")
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    run(worker, args, args.processes)
+
+
+if __name__ == "__main__":
+    main()
