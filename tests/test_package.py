@@ -59,6 +59,15 @@ def test_one_version_everywhere():
     assert f"[{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_one_repository_address_everywhere():
+    repository = re.search(r'^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nrepository-code: {repository}\n" in citation
+    assert f"\nversion: {__version__}\n" in citation
+    assert f"\ngit clone {repository} && cd {repository.rpartition('/')[2]}\n" in (ROOT / "README.md").read_text()
+    assert f"{repository}/security/" in (ROOT / ".github/ISSUE_TEMPLATE/config.yml").read_text()
+
+
 @pytest.mark.parametrize("config", [TrainConfig, PreviewConfig])
 def test_every_setting_explains_itself(config):
     assert field_help(config).keys() == {item.name for item in dataclasses.fields(config)}
