@@ -95,7 +95,7 @@ class Cell:
         from textual_inversion import initial_embedding, optimizers, train
 
         curve, seconds, started = [], 0.0, time.perf_counter()
-        weight = 0.0 if self.recipe.alone else optimizers.SHARED_UPDATE_WEIGHT
+        weight = optimizers.SHARED_UPDATE_WEIGHT if self.recipe.shared_updates else 0.0
         with self.bench.model.training() as model, patch.object(optimizers, "SHARED_UPDATE_WEIGHT", weight):
             with torch.no_grad():
                 known = model.vocabularies(), self.config.trigger, self.concept.initializer

@@ -62,7 +62,7 @@ class Case:
     checkpointing: bool
 
     def config(self) -> Any:
-        """The defaults without throw-away words, measurements and an early end."""
+        """The defaults without per-image tokens, evaluations and early stopping."""
         settings = {"per_image_tokens": 0, "steps": 100_000, "evaluate_every": 10_000, "patience": 0}
         settings |= {"batch_size": self.batch, "gradient_checkpointing": self.checkpointing}
         return TrainConfig(initializer="toy", **settings)

@@ -26,7 +26,7 @@ def test_learned_word_beats_every_word_of_the_vocabulary(bench, name):
 
 @pytest.mark.parametrize(("name", "share"), [("heart", 0.8), ("lagoon", 1.0)])
 def test_pictures_without_captions_need_image_tokens(bench, name, share):
-    """What each picture alone shows goes into its own throw-away word, or else into the word."""
+    """What only one picture shows goes into its per-image token, or else into the embedding."""
     concept, losses = Concept.read(name), {}
     for per_image_tokens in (0, 1):
         config = TrainConfig(
@@ -43,7 +43,7 @@ def test_pictures_without_captions_need_image_tokens(bench, name, share):
 
 
 def test_word_does_not_take_in_what_all_backgrounds_share(bench):
-    """With this seed it does where throw-away words learn each for itself, and explains less than the initializer."""
+    """Without shared updates this seed learns the backgrounds, and explains less than the initializer."""
     concept = Concept.read("star")
     config = TrainConfig(initializer=concept.initializer, seed=2, steps=60, patience=0)
     training = bench.dataset(concept, "train", config, with_captions=False)

@@ -107,3 +107,15 @@ def test_every_node_has_help_with_its_picture(server):
         address = f"{server.url}/extensions/{server.pack_name}/docs/{name}"
         for suffix in (".md", ".png"):
             assert server.http.get(address + suffix, timeout=60).ok
+
+
+def test_architecture_names_what_exists():
+    """Every file and test that docs/architecture.md names."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    names = {path.name for path in ROOT.rglob("*") if not path.relative_to(ROOT).parts[0].startswith(".")}
+    files = set(re.findall(r"[\w./-]*?([\w-]+\.(?:py|js|md|css|sh|json))\b", text))
+    assert files - names - {"NAME.json"} == set()
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
+    cited = set(re.findall(r"`(test_\w+)`", text))
+    assert cited
+    assert {name for name in cited if f"def {name}(" not in tests} == set()
