@@ -93,7 +93,7 @@ class TrainingRun:
             self.live.tell("finishing", message=ended or self.live.record.message)
             origin = repr(config.initializer) if resume is None else "the embedding given"
             text = report(model, dataset, config, start, step, origin, ended)
-        if not model.reads_files:
+        if not model.supports_embedding_files:
             text += "\nComfyUI looks for no embedding:NAME with this text encoder: use Load and Apply Embedding."
         self._draw(model, learned, dataset, step.number)
         self.file.remove()
@@ -106,7 +106,7 @@ class TrainingRun:
         known = model.vocabularies()
         if resume is not None:
             widths = {key: vocabulary.vectors.shape[1] for key, vocabulary in known.items()}
-            start = resume.renamed(self.config.trigger).fitted(widths)
+            start = resume.renamed(self.config.trigger).for_encoders(widths)
             self.config = replace(self.config, vectors=start.count)
             model.check_fit(dataset.latents[0], start.trigger, start)
             return start

@@ -116,7 +116,7 @@ def test_file_of(name, count, tmp_path):
     written = vectors(encoders, count)
     path = tmp_path / f"word{suffix}"
     write(path, written)
-    found = formats.read(path).fitted(encoders)
+    found = formats.read(path).for_encoders(encoders)
     assert found.trigger in ("word", "<word>")
     assert found.vectors.keys() == encoders.keys()
     for key in encoders:
@@ -128,7 +128,7 @@ def test_one_dimensional_vector_of_the_concepts_library(tmp_path):
     torch.save({"<word>": written["clip_l"][0]}, tmp_path / "learned_embeds.bin")
     found = formats.read(tmp_path / "learned_embeds.bin")
     assert found.trigger == "<word>"
-    assert torch.equal(found.fitted(SD1).vectors["clip_l"], written["clip_l"])
+    assert torch.equal(found.for_encoders(SD1).vectors["clip_l"], written["clip_l"])
 
 
 def test_pair_of_files_for_sdxl(tmp_path):
@@ -137,11 +137,11 @@ def test_pair_of_files_for_sdxl(tmp_path):
     for path, tensor in zip(paths, written.values(), strict=True):
         save_file({"<word>": tensor}, path)
     for order in (paths, paths[::-1]):
-        found = formats.read_pair(*order).fitted(SDXL)
+        found = formats.read_pair(*order).for_encoders(SDXL)
         assert found.trigger == "<word>"
         assert all(torch.equal(found.vectors[key], written[key]) for key in SDXL)
     with pytest.raises(UserError, match=r"it has <word> \(768\), the model takes clip_l \(768\), clip_g \(1280\)"):
-        formats.read(paths[0]).fitted(SDXL)
+        formats.read(paths[0]).for_encoders(SDXL)
 
 
 def test_vectors_behind_the_encoder_are_named_and_left_out(tmp_path):
@@ -167,13 +167,13 @@ def test_words_bundled_in_a_lora_among_its_weights(tmp_path):
 def test_vectors_go_to_an_encoder_only_where_one_fits(tmp_path):
     t5 = Embedding("w", {"t5xxl": torch.ones(1, 4096)})
     with pytest.raises(UserError, match=r"has t5xxl \(4096\), the model takes llama \(4096\)"):
-        t5.fitted({"llama": 4096})
+        t5.for_encoders({"llama": 4096})
     nameless = Embedding("w", {"emb_params": torch.ones(1, 4096)})
-    assert nameless.fitted({"t5xxl": 4096}).vectors.keys() == {"t5xxl"}
+    assert nameless.for_encoders({"t5xxl": 4096}).vectors.keys() == {"t5xxl"}
     with pytest.raises(UserError, match="another model"):
-        nameless.fitted({"t5xxl": 4096, "llama": 4096})
+        nameless.for_encoders({"t5xxl": 4096, "llama": 4096})
     with pytest.raises(UserError, match="another model"):
-        Embedding("w", {"clip_l": torch.ones(1, 96)}).fitted(SD1)
+        Embedding("w", {"clip_l": torch.ones(1, 96)}).for_encoders(SD1)
 
 
 def test_vectors_of_every_float_type_become_float32(tmp_path):
@@ -204,7 +204,7 @@ def test_round_trip(format, encoders, count, tmp_path):
     again = formats.read_pair(*written) if len(written) == 2 else formats.read(*written)
     assert len(written) == (2 if format == "diffusers" and encoders == SDXL else 1)
     assert again.trigger == ("word" if format == "diffusers" and "t5xxl" in encoders else "<word>")
-    for key, tensor in again.fitted(encoders).vectors.items():
+    for key, tensor in again.for_encoders(encoders).vectors.items():
         assert torch.equal(tensor, word.vectors[key])
     assert sorted(tmp_path.iterdir()) == sorted(written)
 

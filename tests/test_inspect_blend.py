@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from ti_pack.nodes.embedding_chart import BAR, HEADING, MARGIN, MOST_ROWS, ROW, TITLE, UNUSUAL, USUAL, WIDTH, chart
 from ti_pack.textual_inversion import Embedding, UserError
-from ti_pack.textual_inversion.adapters.comfyui_words import embedding_keys, vocabularies
+from ti_pack.textual_inversion.adapters.comfyui_tokens import embedding_keys, vocabularies
 from ti_pack.textual_inversion.blend import blend, chosen, slerp, take
 from ti_pack.textual_inversion.inspection import Vectors, describe, inspect
 

@@ -16,7 +16,7 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from families import NAMED, agrees, build, flux_network, gradients
 from ti_pack.textual_inversion.adapters.comfyui_autograd import ordinary_weights
-from ti_pack.textual_inversion.adapters.comfyui_words import vocabularies
+from ti_pack.textual_inversion.adapters.comfyui_tokens import vocabularies
 from ti_test_pack import weights_hash
 from torch import nn
 

@@ -65,7 +65,7 @@ class Embedding:
         """A copy on the CPU, cut from every graph."""
         return self._map(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
 
-    def fitted(self, encoders: dict[str, int]) -> "Embedding":
+    def for_encoders(self, encoders: dict[str, int]) -> "Embedding":
         """The vectors by the keys of these encoders, ``{"clip_l": 768}``: found by key, then by width.
 
         By width only what has no encoder's name, and only where one fits one.

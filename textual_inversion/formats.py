@@ -1,7 +1,7 @@
 """Embedding files of every tool: recognised by content, read without running code, written and read back.
 
 docs/formats.md lists who writes what.  ``read`` gives vectors the names the file has for them;
-``Embedding.fitted`` finds the text encoder each belongs to.
+``Embedding.for_encoders`` finds the text encoder each belongs to.
 """
 
 import base64

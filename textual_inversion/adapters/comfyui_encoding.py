@@ -9,7 +9,7 @@ from comfy.sd import CLIP
 from comfy.sd1_clip import SDClipModel
 from torch import Tensor
 
-from .comfyui_words import text_encoders
+from .comfyui_tokens import text_encoders
 
 Row = list[Any]  # the tokens of a section: numbers, and vectors in their midst
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ti_pack.textual_inversion import Embedding, UserError, formats
 from ti_pack.textual_inversion.adapters.comfyui_encoding import encode
-from ti_pack.textual_inversion.adapters.comfyui_words import embedding_keys, text_encoders, with_words
+from ti_pack.textual_inversion.adapters.comfyui_tokens import embedding_keys, text_encoders, with_embeddings
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def tokens(clip, prompt):
     ],
 )
 def test_word_works_anywhere(graph, word, prompt, plain):
-    clip = with_words(graph.clip, word("S*"))
+    clip = with_embeddings(graph.clip, word("S*"))
     expected = []
     for part in plain.replace("_", "\0_\0").split("\0"):
         expected += [("vector", 1.0)] * 2 if part == "_" else tokens(graph.clip, part)
@@ -60,18 +60,18 @@ def test_word_works_anywhere(graph, word, prompt, plain):
     [("(S*:1.2)", 1.2), ("(S*)", 1.1), ("((S*))", 1.21), ("a (photo of S*:0.5) b", 0.5)],
 )
 def test_word_takes_weights(graph, word, prompt, weight):
-    found = [token for token in tokens(with_words(graph.clip, word("S*")), prompt) if token[0] == "vector"]
+    found = [token for token in tokens(with_embeddings(graph.clip, word("S*")), prompt) if token[0] == "vector"]
     assert found == [("vector", weight)] * 2
 
 
 @pytest.mark.parametrize("prompt", ["a category", "concat", "cat-like", "bobcat cats", "cat_2", "embedding:cat"])
 def test_words_that_contain_the_trigger_are_untouched(graph, word, prompt):
-    assert tokens(with_words(graph.clip, word("cat")), prompt) == tokens(graph.clip, prompt)
+    assert tokens(with_embeddings(graph.clip, word("cat")), prompt) == tokens(graph.clip, prompt)
 
 
 def test_words_can_be_chained(graph, word):
     first, second = word("S*", 1), word("T*", 3)
-    clip = with_words(with_words(graph.clip, first), second)
+    clip = with_embeddings(with_embeddings(graph.clip, first), second)
     assert [token[0] for token in tokens(clip, "S* T* S*")] == ["vector"] * 5
     for part, (row, *_) in clip.tokenize("T* S*").items():
         key = {"l": "clip_l", "g": "clip_g"}[part]
@@ -81,7 +81,7 @@ def test_words_can_be_chained(graph, word):
 
 def test_graphs_own_clip_keeps_working(graph, word):
     before = graph.clip.encode_from_tokens(graph.clip.tokenize("a photo of S*"))
-    clip = with_words(graph.clip, word("S*"))
+    clip = with_embeddings(graph.clip, word("S*"))
     assert not torch.equal(clip.encode_from_tokens(clip.tokenize("a photo of S*")), before)
     assert torch.equal(graph.clip.encode_from_tokens(graph.clip.tokenize("a photo of S*")), before)
 
@@ -96,7 +96,7 @@ def test_file_and_node_give_the_same_conditioning(graph, word, embeddings_folder
     for old in embeddings_folder.glob("same.*"):
         old.unlink()
     formats.write(embedding, embeddings_folder / f"same{formats.FORMATS[format].suffix}", format)
-    ours = with_words(graph.clip, embedding)
+    ours = with_embeddings(graph.clip, embedding)
     # Stock ComfyUI needs a blank before "embedding:" inside brackets, and one after the name.
     stock = prompt.replace("{}", " embedding:same ")
     for one, other in zip(
@@ -109,7 +109,7 @@ def test_file_and_node_give_the_same_conditioning(graph, word, embeddings_folder
 
 def test_stock_word_and_ours_in_one_prompt(graph, word, embeddings_folder):
     formats.write(word("F*", 1), embeddings_folder / "other.safetensors")
-    clip = with_words(graph.clip, word("S*", 1))
+    clip = with_embeddings(graph.clip, word("S*", 1))
     assert [token[0] for token in tokens(clip, "embedding:other S*")][-1] == "vector"
     assert sum(token[0] == "vector" for token in tokens(clip, "a embedding:other S*")) == 2
 
@@ -118,7 +118,7 @@ def test_embedding_of_another_model_is_refused(graph):
     with pytest.raises(
         UserError, match=r"made for another model: it has clip_l \(768\), the model takes clip_l \(32\)"
     ):
-        with_words(graph.clip, Embedding("S*", {"clip_l": torch.zeros(1, 768)}))
+        with_embeddings(graph.clip, Embedding("S*", {"clip_l": torch.zeros(1, 768)}))
 
 
 def test_strength_scales_the_vectors(graph, word):
@@ -129,7 +129,7 @@ def test_strength_scales_the_vectors(graph, word):
 
 def test_prompts_encoded_together_are_what_each_is_alone(graph, word):
     """One pass through an encoder for all prompts of one length; weights are ComfyUI's to work out."""
-    clip = with_words(graph.clip, word("S*"))
+    clip = with_embeddings(graph.clip, word("S*"))
     prompts = [
         "a photo of S*",
         "S* on the beach",
