@@ -1,10 +1,22 @@
-"""A CLIP that knows a word: where it fires, where it must not, and that ComfyUI's own files mean the same."""
+"""A CLIP that knows an embedding: where it fires, where it must not, and that ComfyUI's own files mean the same."""
+
+import copy
+import gc
+import weakref
+from itertools import chain
 
 import pytest
 import torch
+from comfy.sd1_clip import SDClipModel
+from families import NAMED, build
 from ti_pack.textual_inversion import Embedding, UserError, formats
 from ti_pack.textual_inversion.adapters.comfyui_encoding import encode
-from ti_pack.textual_inversion.adapters.comfyui_tokens import embedding_keys, text_encoders, with_embeddings
+from ti_pack.textual_inversion.adapters.comfyui_tokens import (
+    embedding_keys,
+    supports_embedding_files,
+    text_encoders,
+    with_embeddings,
+)
 
 
 @pytest.fixture
@@ -151,3 +163,135 @@ def test_prompts_encoded_together_are_what_each_is_alone(graph, word):
     for handle in handles:
         handle.remove()
     assert not any("encode" in vars(encoder.model) for encoder in text_encoders(clip))
+
+
+# What other packs see -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def both(graph, word, embeddings_folder):
+    """A CLIP in which ``S*`` means what ``embedding:same`` means to the graph's own."""
+    embedding = word("S*", 3)
+    formats.write(embedding, embeddings_folder / "same.safetensors")
+    return with_embeddings(graph.clip, embedding), graph.clip
+
+
+def assert_same_tokens(ours, stock):
+    """One by one, numbers and vectors alike, with weights and numbers of words."""
+    assert [len(row) for row in ours] == [len(row) for row in stock]
+    for mine, theirs in zip(chain(*ours), chain(*stock), strict=True):
+        assert type(mine[0]) is type(theirs[0]) in (int, torch.Tensor)
+        assert torch.equal(mine[0], theirs[0]) if torch.is_tensor(mine[0]) else mine[0] == theirs[0]
+        assert mine[1:] == theirs[1:]
+
+
+@pytest.mark.parametrize("word_ids", [False, True])
+@pytest.mark.parametrize("prompt", ["a photo of {} on grass", "({}:1.3) and {} on (red:0.5) grass", "{} " * 40])
+def test_tokens_are_exactly_those_of_a_stock_embedding(both, prompt, word_ids):
+    ours, stock = both
+    mine = ours.tokenize(prompt.replace("{}", "S*"), return_word_ids=word_ids)
+    theirs = stock.tokenize(prompt.replace("{}", " embedding:same ").lstrip(), return_word_ids=word_ids)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert_same_tokens(mine[name], theirs[name])
+        assert_same_tokens(copy.deepcopy(mine)[name], theirs[name])  # prompt-control and Cutoff copy tokens
+
+
+def test_tokenizer_of_one_encoder_knows_the_trigger(both):
+    """Cutoff and prompt-control ask it for the tokens of a region and look for equal ones in the prompt."""
+    ours, stock = (vars(clip.tokenizer) for clip in both)
+    for slot in (encoder.slot for encoder in text_encoders(both[0])):
+        region = ours[slot].tokenize_with_weights("a S* hat")
+        assert_same_tokens(region, stock[slot].tokenize_with_weights("a embedding:same hat"))
+        (prompt,) = both[0].tokenize("see a S* hat")[slot.removeprefix("clip_")]
+        found = [token for token, _ in prompt if torch.is_tensor(token)]
+        wanted = [token for token, _ in region[0] if torch.is_tensor(token)]
+        assert len(found) == len(wanted) == 3
+        assert all(map(torch.equal, found, wanted))
+
+
+def test_tokens_under_inference_mode(graph, word):
+    """As nodes run."""
+    with torch.inference_mode():
+        clip = with_embeddings(graph.clip, word("S*").scaled(0.5))
+        copied = copy.deepcopy(clip.tokenize("a photo of S*"))
+        assert torch.equal(clip.encode_from_tokens(copied), clip.encode_from_tokens(clip.tokenize("a photo of S*")))
+
+
+def test_tokenizer_that_compares_tokens_with_numbers_and_has_a_template():
+    """Qwen-Image's, in which plain tensors raise. Its template says "image", which is no trigger there."""
+    clip = build(NAMED["Qwen-Image"])[1]
+    (encoder,) = text_encoders(clip)
+    rows = torch.randn(2, encoder.table.embedding_dim)
+    ours = with_embeddings(clip, Embedding("image", {encoder.key: rows}))
+    assert ours.tokenize("a toy") == clip.tokenize("a toy")
+    tokens = ours.tokenize("a toy image")
+    for found in (tokens, copy.deepcopy(tokens)):
+        (section,) = found[encoder.name]
+        vectors = [token for token, _ in section if type(token) is not int]
+        assert [token["type"] for token in vectors] == ["embedding"] * 2
+        assert torch.equal(torch.stack([token["data"] for token in vectors]), rows)
+
+
+def test_stock_embedding_in_a_tokenizer_that_compares_tokens(tmp_path):
+    """HunyuanVideo's fails at embeddings of ComfyUI's own; with the node it takes both."""
+    clip = build(NAMED["HunyuanVideo 1"], embeddings=str(tmp_path))[1]
+    rows = {key: torch.randn(2, width) for key, width in embedding_keys(clip).items()}
+    formats.write(Embedding("F*", rows), tmp_path / "same.safetensors")
+    with pytest.raises(RuntimeError):
+        clip.tokenize("a embedding:same")
+    ours = with_embeddings(clip, Embedding("S*", rows))
+    with torch.no_grad():
+        one, other = (ours.encode_from_tokens(ours.tokenize(prompt)) for prompt in ("a S*", "a embedding:same"))
+    assert torch.equal(one, other)
+
+
+# What stays as it is --------------------------------------------------------------------------------
+
+
+def test_encoding_leaves_the_graphs_encoders_alone(graph, word):
+    clip = with_embeddings(graph.clip, word("S*"))
+    clip.clip_layer(-2)
+    modules = [clip.cond_stage_model, *(encoder.model for encoder in text_encoders(clip))]
+    before = [dict(vars(module)) for module in modules]
+    children = [dict(module._modules) for module in modules]
+    with torch.no_grad():
+        (found,) = encode(clip, ["a photo of S*"])
+    assert [dict(vars(module)) for module in modules] == before
+    assert [dict(module._modules) for module in modules] == children
+    assert torch.equal(found["cross_attn"], clip.encode_from_tokens(clip.tokenize("a photo of S*")))
+
+
+def test_what_was_encoded_is_freed_at_once(graph, word, monkeypatch):
+    """Without the garbage collector, which does not know how much memory a graph of activations takes."""
+    plain, seen = SDClipModel.encode_token_weights, []
+
+    def look(encoder, tokens):
+        seen.append(weakref.ref(encoder))
+        return plain(encoder, tokens)
+
+    monkeypatch.setattr(SDClipModel, "encode_token_weights", look)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            encode(with_embeddings(graph.clip, word("S*")), ["a photo of S*", "S* on grass"])
+        assert len(seen) == 2 * len(text_encoders(graph.clip))
+        assert all(encoder() is None for encoder in seen), "an encoder that holds what it has encoded lives on"
+    finally:
+        gc.enable()
+
+
+# Keys -----------------------------------------------------------------------------------------------
+
+
+def test_embedding_files_are_said_to_work_only_where_comfyui_looks_for_them(word, graph):
+    clip = graph.clip
+    assert supports_embedding_files(clip)
+    clip = copy.copy(clip)
+    clip.tokenizer = copy.copy(clip.tokenizer)
+    for encoder in text_encoders(clip):
+        part = copy.copy(encoder.tokenizer)
+        part.embedding_directory = None
+        setattr(clip.tokenizer, encoder.slot, part)
+    assert not supports_embedding_files(clip)
+    assert not supports_embedding_files(with_embeddings(clip, word("S*")))

@@ -26,7 +26,14 @@ from .comfyui_autograd import (
     training_flag,
 )
 from .comfyui_encoding import encode
-from .comfyui_tokens import embedding_keys, supports_embedding_files, text_encoders, vocabularies, with_embeddings
+from .comfyui_tokens import (
+    embedding_keys,
+    row_of,
+    supports_embedding_files,
+    text_encoders,
+    vocabularies,
+    with_embeddings,
+)
 
 Conditioning = list[dict[str, Any]]
 
@@ -155,7 +162,7 @@ class ComfyModel:
         logging.info("Textual inversion: memory is short, activations are recomputed (gradient checkpointing).")
         return True
 
-    # The word -----------------------------------------------------------------------------------
+    # The embedding ------------------------------------------------------------------------------
 
     def vocabularies(self) -> dict[str, Vocabulary]:
         return vocabularies(self._clip)
@@ -165,7 +172,7 @@ class ComfyModel:
         for prompt in dict.fromkeys(prompts):
             tokens = clip.tokenize(prompt)
             for encoder in text_encoders(clip):
-                sections = [[id(token) for token, _ in section] for section in tokens.get(encoder.name, [])]
+                sections = [[id(row_of(token)) for token, _ in section] for section in tokens.get(encoder.name, [])]
                 for embedding in embeddings:
                     rows = {id(row) for row in clip.tokenizer.embeddings[embedding.trigger][encoder.key]}
                     counts = [sum(token in rows for token in section) for section in sections]

@@ -25,9 +25,6 @@ _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Prompts ----------------------------------------------------------------------------------------
 
-# The three classes below are mixed into copies of tokenizers. ComfyUI lets others choose a tokenizer's class
-# while a file is loaded only (tokenizer_data), and a CLIP in a graph is loaded already.
-
 
 class Rows(tuple[Tensor, ...]):
     """Vectors as ComfyUI's tokenizer takes an embedding apart: it asks for the shape, then for each row.
@@ -40,18 +37,31 @@ class Rows(tuple[Tensor, ...]):
         return len(self), len(self[0])
 
 
+# The next three classes are mixed into copies of tokenizers. ComfyUI lets others choose a tokenizer's class
+# while a file is loaded only (tokenizer_data), and the CLIP of a graph is loaded already.
+
+
 class _TriggersToNames:
     """For the tokenizer of a CLIP, which sees a prompt before a chat template is put around it."""
 
     embeddings: dict[str, dict[str, Rows]]  # by trigger and embedding key
 
     def tokenize_with_weights(self, text: str, *args, **kwargs):
+        text = _with_names(text, self.embeddings)
+        try:
+            return self._inside(False).tokenize_with_weights(text, *args, **kwargs)
+        except RuntimeError:  # it compares tokens with numbers, which tensors cannot answer; stock embeddings fail here
+            return self._inside(True).tokenize_with_weights(text, *args, **kwargs)
+
+    def _inside(self, as_dictionaries: bool) -> Any:
+        """The tokenizer as it was before, with parts that know names."""
         inside = copy.copy(self)
         for slot, part in vars(self).items():
             if isinstance(part, _NamesToVectors):
-                setattr(inside, slot, part.inside())
-        text = _with_names(text, self.embeddings)
-        return _plain(super(_TriggersToNames, inside).tokenize_with_weights(text, *args, **kwargs))  # type: ignore[misc]
+                part = copy.copy(part)
+                part.knows_triggers, part.as_dictionaries = False, as_dictionaries
+                setattr(inside, slot, part)
+        return super(_TriggersToNames, inside)
 
 
 class _NamesToVectors:
@@ -59,19 +69,16 @@ class _NamesToVectors:
 
     vectors: dict[str, Rows]  # by trigger
     embedding_directory: Any
-    is_inside = False  # a whole tokenizer calls, which has put in the names; the template's words are no triggers
-
-    def inside(self) -> "_NamesToVectors":
-        part = copy.copy(self)
-        part.is_inside = True
-        return part
+    knows_triggers = True  # not inside a whole tokenizer: the words of a template are no triggers
+    as_dictionaries = False
 
     def tokenize_with_weights(self, text: str, *args, **kwargs):
-        tokenize = super().tokenize_with_weights  # type: ignore[misc]
-        if not self.is_inside:
-            return tokenize(_with_names(text, self.vectors), *args, **kwargs)
-        # Some whole tokenizers compare tokens with numbers, which a tensor cannot answer; a dictionary can.
-        return [[(_wrapped(token), *rest) for token, *rest in row] for row in tokenize(text, *args, **kwargs)]
+        if self.knows_triggers:
+            text = _with_names(text, self.vectors)
+        sections = super().tokenize_with_weights(text, *args, **kwargs)  # type: ignore[misc]
+        if self.as_dictionaries:
+            return [[(_dictionary(token), *rest) for token, *rest in section] for section in sections]
+        return sections
 
     def _try_get_embedding(self, embedding_name: str):
         name, *rest = embedding_name.split()
@@ -104,20 +111,14 @@ def _named(number: int, match: re.Match[str]) -> str:
     return f"{'' if not before or before[-1].isspace() else ' '}embedding:{_NAME.format(number)} "
 
 
-def _wrapped(token: Any) -> Any:
-    """Vectors as ComfyUI's own token for them."""
+def _dictionary(token: Any) -> Any:
+    """Vectors in ComfyUI's other kind of token for them."""
     return {"type": "embedding", "data": token} if torch.is_tensor(token) else token
 
 
-def _plain(tokens: Any) -> Any:
-    """Tokens, lists of them and so on, with tensors again for what was wrapped: what other packs know from ComfyUI."""
-    if isinstance(tokens, (list, tuple)):
-        return type(tokens)(map(_plain, tokens))
-    if not isinstance(tokens, dict):
-        return tokens
-    if "type" not in tokens:
-        return {name: _plain(part) for name, part in tokens.items()}
-    return tokens["data"] if tokens.keys() == {"type", "data"} and tokens["type"] == "embedding" else tokens
+def row_of(token: Any) -> Any:
+    """The vectors of a token, or its number."""
+    return token["data"] if isinstance(token, dict) else token
 
 
 def _mix_in(mixin: type, part: Any) -> Any:

@@ -169,7 +169,7 @@ class DiffusersModel:
         self._network.enable_gradient_checkpointing()
         return True
 
-    # The word -----------------------------------------------------------------------------------
+    # The embedding ------------------------------------------------------------------------------
 
     def vocabularies(self) -> dict[str, Vocabulary]:
         found = {}
