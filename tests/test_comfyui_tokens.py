@@ -5,18 +5,22 @@ import gc
 import weakref
 from itertools import chain
 
+import comfy.text_encoders.qwen3vl
+import comfy.text_encoders.qwen35
 import pytest
 import torch
 from comfy.sd1_clip import SDClipModel
-from families import NAMED, build
+from families import FAMILIES, NAMED, build
 from ti_pack.textual_inversion import Embedding, UserError, formats
 from ti_pack.textual_inversion.adapters.comfyui_encoding import encode
 from ti_pack.textual_inversion.adapters.comfyui_tokens import (
     embedding_keys,
+    known_encoders,
     supports_embedding_files,
     text_encoders,
     with_embeddings,
 )
+from ti_pack.textual_inversion.embedding import ENCODERS
 
 
 @pytest.fixture
@@ -282,6 +286,15 @@ def test_what_was_encoded_is_freed_at_once(graph, word, monkeypatch):
 
 
 # Keys -----------------------------------------------------------------------------------------------
+
+
+def test_table_of_encoders_is_that_of_comfyui():
+    known = set(known_encoders())
+    assert known == set(ENCODERS), "embedding.py: ENCODERS has fallen behind ComfyUI"
+    assert len(ENCODERS) == len(known)
+    assert known >= {key for family in FAMILIES for key in family.keys}
+    # Their keys are the names of their configs.
+    assert known >= comfy.text_encoders.qwen35.QWEN35_MODELS.keys() | comfy.text_encoders.qwen3vl.QWEN3VL_CONFIGS.keys()
 
 
 def test_embedding_files_are_said_to_work_only_where_comfyui_looks_for_them(word, graph):

@@ -1,4 +1,4 @@
-"""New words out of learned ones: between two, one less the other, one after the other, a part of one."""
+"""New embeddings out of learned ones: between two, one less the other, one after the other, a part of one."""
 
 import re
 from collections.abc import Callable

@@ -4,14 +4,16 @@ import copy
 import re
 from collections.abc import Iterable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import comfy.sd
 import torch
 from comfy.sd import CLIP
 from comfy.sd1_clip import SDClipModel, SDTokenizer
 from torch import Tensor, nn
 
-from ..embedding import Embedding
+from ..embedding import ENCODERS, Embedding
 from ..errors import UserError
 from ..prompts import trigger_pattern
 from ..vocabulary import Vocabulary
@@ -211,6 +213,21 @@ def embedding_keys(clip: CLIP) -> dict[str, int]:
 def supports_embedding_files(clip: CLIP) -> bool:
     """Whether ComfyUI itself looks for ``embedding:NAME`` in the prompts of this CLIP."""
     return all(encoder.tokenizer.embedding_directory for encoder in text_encoders(clip))
+
+
+# A tokenizer's own key, or the one that ComfyUI's loader hands to it.
+_KEY = re.compile(r"""(?:embedding_key\s*=|TEModel\.\w+:)\s*["'](\w+)["']""")
+
+
+@cache
+def known_encoders() -> tuple[str, ...]:
+    """Every key that an embedding file may have for a text encoder of this ComfyUI."""
+    # ComfyUI keeps no list: a key is an argument inside a tokenizer's constructor. To construct all would take
+    # seconds, and vocabularies that only checkpoints bring. Its sources say the same in milliseconds.
+    folder = Path(comfy.sd.__file__).parent
+    sources = [*folder.glob("sd*.py"), *folder.glob("text_encoders/*.py")]
+    found = {key for source in sources for key in _KEY.findall(source.read_text(encoding="utf-8"))}
+    return (*ENCODERS, *sorted(found.difference(ENCODERS)))
 
 
 @torch.no_grad()
