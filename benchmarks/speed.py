@@ -157,10 +157,10 @@ class ThroughComfyUI:
 
     def text_step(self, model, case: Case) -> Step:
         """The distinct prompts of a batch in one pass, tokenised before."""
-        from textual_inversion.adapters.comfyui_words import text_encoders, with_words
+        from textual_inversion.adapters.comfyui_tokens import text_encoders, with_embeddings
 
         word = initial_embedding(model.vocabularies(), "S*", "toy", 1).trainable()
-        clip = with_words(model._clip, word)
+        clip = with_embeddings(model._clip, word)
         (encoder,) = text_encoders(clip)
         batches = [[clip.tokenize(p) for p in dict.fromkeys(batch.prompts)] for batch in islice(case.batches(), 32)]
         rows = cycle([[[token for token, _ in text[encoder.name][0]] for text in batch] for batch in batches])

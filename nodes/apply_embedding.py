@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..textual_inversion.adapters.comfyui_words import with_words
+from ..textual_inversion.adapters.comfyui_tokens import with_embeddings
 from ..textual_inversion.prompts import check_trigger
 from .sockets import CATEGORY, EmbeddingSocket
 
@@ -39,4 +39,4 @@ class ApplyEmbedding(io.ComfyNode):
     def execute(cls, clip, embedding, trigger, strength) -> io.NodeOutput:
         word = trigger.strip() or embedding.trigger
         check_trigger(word)
-        return io.NodeOutput(with_words(clip, embedding.renamed(word).scaled(strength)))
+        return io.NodeOutput(with_embeddings(clip, embedding.renamed(word).scaled(strength)))

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io, ui
 
-from ..textual_inversion.adapters.comfyui_words import embedding_keys, vocabularies
+from ..textual_inversion.adapters.comfyui_tokens import embedding_keys, vocabularies
 from ..textual_inversion.inspection import describe, inspect
 from .embedding_chart import chart
 from .sockets import CATEGORY, EmbeddingSocket
@@ -43,7 +43,7 @@ class InspectEmbedding(io.ComfyNode):
     def execute(cls, embedding, clip=None) -> io.NodeOutput:
         known = {}
         if clip is not None:
-            known, read = vocabularies(clip), embedding.fitted(embedding_keys(clip)).vectors
+            known, read = vocabularies(clip), embedding.for_encoders(embedding_keys(clip)).vectors
             unread = {key: rows for key, rows in embedding.vectors.items() if all(rows is not r for r in read.values())}
             embedding = replace(embedding, vectors={**read, **unread})
         found = inspect(embedding, known)

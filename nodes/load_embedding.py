@@ -3,6 +3,7 @@ import logging
 from comfy_api.latest import io
 
 from ..textual_inversion import formats
+from ..textual_inversion.adapters.comfyui_tokens import known_encoders
 from .files import embedding_file, embedding_files
 from .sockets import CATEGORY, EmbeddingSocket
 
@@ -52,9 +53,9 @@ class LoadEmbedding(io.ComfyNode):
     def execute(cls, file, partner=NO_PARTNER, word="") -> io.NodeOutput:
         path = embedding_file(file)
         if partner == NO_PARTNER:
-            embedding = formats.read(path, word.strip())
+            embedding = formats.read(path, word.strip(), known_encoders())
         else:
-            embedding = formats.read_pair(path, embedding_file(partner))
+            embedding = formats.read_pair(path, embedding_file(partner), known_encoders())
         if left_out := embedding.metadata.get("left out"):
             logging.warning("Load Embedding: %s has vectors that no prompt can carry, left out: %s", file, left_out)
         return io.NodeOutput(embedding, embedding.trigger)

@@ -16,7 +16,7 @@ from families import FAMILIES, NAMED, Family, agrees, build, gradients, prepared
 from dev.in_process import ROOT
 from textual_inversion import Embedding, TrainConfig, formats, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel
-from textual_inversion.adapters.comfyui_words import embedding_keys, reads_files, with_words
+from textual_inversion.adapters.comfyui_tokens import embedding_keys, supports_embedding_files, with_embeddings
 from textual_inversion.initializer import with_initializer
 
 DOCS = ROOT / "docs/models.md"
@@ -127,9 +127,9 @@ def test_file(family, graph):
     word = Embedding("S*", {key: torch.randn(2, width, generator=generator) for key, width in keys.items()})
     formats.write(word, folder / "same.safetensors")
     again = formats.read(folder / "same.safetensors").renamed("S*")
-    assert list(again.fitted(keys).vectors) == list(word.vectors)
-    ours = with_words(clip, again)
-    assert reads_files(clip) or not family.stock
+    assert list(again.for_encoders(keys).vectors) == list(word.vectors)
+    ours = with_embeddings(clip, again)
+    assert supports_embedding_files(clip) or not family.stock
     for prompt in PROMPTS:
         applied = encoded(ours, prompt.replace("{}", "S*"))
         assert not same(applied, encoded(clip, prompt.replace("{}", "S*")))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from ti_pack.nodes.embedding_chart import BAR, HEADING, MARGIN, MOST_ROWS, ROW, TITLE, UNUSUAL, USUAL, WIDTH, chart
 
 from textual_inversion import Embedding, UserError
-from textual_inversion.adapters.comfyui_words import embedding_keys, vocabularies
+from textual_inversion.adapters.comfyui_tokens import embedding_keys, vocabularies
 from textual_inversion.blend import blend, chosen, slerp, take
 from textual_inversion.inspection import Vectors, describe, inspect
 
@@ -171,7 +171,7 @@ def test_a_words_own_vector_is_nearest_to_the_word(graph):
         assert known[part.key].nearest(vectors[part.key][0], 5)[0][0] == "toy"
 
 
-def test_text_without_and_with_words(graph):
+def test_text_without_and_with_embeddings(graph):
     known = vocabularies(graph.clip)
     word = Embedding("S*", {"clip_l": torch.full((2, 32), 0.5)}, {"steps": "300", "captions": "x" * 5000})
     text = describe(word, inspect(word, {}))

@@ -19,7 +19,7 @@ from families import NAMED, agrees, build, flux_network, gradients
 from torch import nn
 
 from textual_inversion.adapters.comfyui_autograd import ordinary_weights
-from textual_inversion.adapters.comfyui_words import vocabularies
+from textual_inversion.adapters.comfyui_tokens import vocabularies
 
 FLUX = NAMED["Flux.1 dev"]
 WIDE = flux_network(hidden_size=256, num_heads=2)  # some formats take blocks of 256

@@ -1,4 +1,4 @@
-"""New words out of learned ones: between two, one less the other, one after the other, a part of one."""
+"""New embeddings out of learned ones: between two, one less the other, one after the other, a part of one."""
 
 import re
 from collections.abc import Callable
@@ -122,15 +122,15 @@ def _same_encoders(a: Embedding, b: Embedding) -> tuple[Embedding, Embedding]:
     """Both with the keys of ``a``."""
     a, b = named_by_width(a), named_by_width(b)
     try:
-        fitted = b.fitted({key: rows.shape[-1] for key, rows in a.vectors.items()})
+        matched = b.for_encoders({key: rows.shape[-1] for key, rows in a.vectors.items()})
     except UserError:
-        fitted = None
-    if fitted is None or len(fitted.vectors) != len(b.vectors):
+        matched = None
+    if matched is None or len(matched.vectors) != len(b.vectors):
         raise UserError(
             f"a and b are made for different models and cannot be blended: a ({a.trigger!r}) has {a.describe()}; "
             f"b ({b.trigger!r}) has {b.describe()}."
         )
-    return a, fitted
+    return a, matched
 
 
 def _told(embedding: Embedding, what: str) -> Embedding:

@@ -28,7 +28,7 @@ MOST_JSON = 8 * 2**20
 MOST_PIXELS = 32 * 2**20
 
 PNG_TEXT = "sd-ti-embedding"
-BUNDLE = "bundle_emb."  # a word inside a LoRA file: bundle_emb.WORD.KEY
+BUNDLE = "bundle_emb."  # an embedding inside a LoRA file: bundle_emb.TRIGGER.KEY
 
 
 # Each container gives its tensors by key, and what is known about them.
@@ -38,7 +38,7 @@ Content = tuple[dict[str, Tensor], dict[str, str]]
 def open_file(path: Path) -> Content:
     """The tensors of a file by key, at most ``MOST_TENSORS``, and its metadata; recognised by content.
 
-    Of a LoRA file only the words bundled in it.
+    Of a LoRA file only the embeddings bundled in it.
 
     Raises UserError for whatever cannot be read, holds something else, or is too large.
     """

@@ -1,14 +1,14 @@
 """Embedding files of every tool: recognised by content, read without running code, written and read back.
 
 docs/formats.md lists who writes what.  ``read`` gives vectors the names the file has for them;
-``Embedding.fitted`` finds the text encoder each belongs to.
+``Embedding.for_encoders`` finds the text encoder each belongs to.
 """
 
 import base64
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from uuid import uuid4
@@ -33,46 +33,51 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Reading -----------------------------------------------------------------------------------------
 
 
-def read(path: Path, word: str = "") -> Embedding:
-    """Reads an embedding; ``word`` chooses one where a file holds several.
+def read(path: Path, trigger: str = "", encoders: Collection[str] = ENCODERS) -> Embedding:
+    """Reads an embedding; ``trigger`` chooses one where a file holds several.
 
+    Keys of the file that are none of ``encoders`` say nothing about the vectors: they are ``unnamed``.
     The metadata key ``left out`` names vectors that are no token embeddings.
 
     Raises UserError, naming what is in the file, for a file that is no embedding.
     """
     tensors, metadata = open_file(path)
-    words = _by_word(tensors)
-    if word not in words and len(words) > 1:
-        raise UserError(f"{path.name} holds the words {', '.join(words)}: choose one of them.")
-    name, vectors = (word, words[word]) if word in words else next(iter(words.items()), ("", {}))
+    found = _by_trigger(tensors)
+    if trigger not in found and len(found) > 1:
+        raise UserError(f"{path.name} holds the embeddings {', '.join(found)}: choose one of them.")
+    name, vectors = (trigger, found[trigger]) if trigger in found else next(iter(found.items()), ("", {}))
     outputs = [key for key in vectors if key.endswith("_out")]
     if outputs:  # OneTrainer's vectors behind the text encoder: no prompt can carry them
         metadata["left out"] = ", ".join(outputs)
     vectors = {SPELLINGS.get(key, key): _matrix(key, t, path) for key, t in vectors.items() if key not in outputs}
     if not vectors:
         raise UserError(f"{path.name} holds no token vectors{', only ' + ', '.join(outputs) if outputs else ''}.")
-    token = next((key for key in vectors if key not in NAMELESS and key not in ENCODERS), "")
-    return Embedding(metadata.get("trigger") or name or token or path.stem, ordered(vectors), metadata)
+    unnamed = [key for key in vectors if key not in encoders]
+    token = next((key for key in unnamed if key not in NAMELESS), "")
+    spelled = metadata.get("trigger") or name or token or path.stem
+    return Embedding(spelled, ordered(vectors), metadata, frozenset(unnamed))
 
 
-def read_pair(first: Path, second: Path) -> Embedding:
-    """The two files, one per text encoder, that diffusers' SDXL script writes for one word."""
-    one, two = read(first), read(second)
-    others = {key if key in ENCODERS else f"{key} of {second.name}": tensor for key, tensor in two.vectors.items()}
+def read_pair(first: Path, second: Path, encoders: Collection[str] = ENCODERS) -> Embedding:
+    """The two files, one per text encoder, that diffusers' SDXL script writes for one trigger."""
+    one, two = read(first, encoders=encoders), read(second, encoders=encoders)
+    names = {key: f"{key} of {second.name}" if key in two.unnamed else key for key in two.vectors}
+    others = {names[key]: tensor for key, tensor in two.vectors.items()}
     if one.vectors.keys() & others.keys():
         raise UserError(f"{first.name} and {second.name} hold vectors for the same text encoder: choose its partner.")
-    return Embedding(one.trigger, one.vectors | others, two.metadata | one.metadata)
+    unnamed = one.unnamed.union(names[key] for key in two.unnamed)
+    return Embedding(one.trigger, one.vectors | others, two.metadata | one.metadata, unnamed)
 
 
-def _by_word(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Vectors by word and key; the word is "" where the file holds one word without a name."""
-    words: dict[str, dict[str, Tensor]] = {}
+def _by_trigger(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Vectors by trigger and key; the trigger is "" where the file holds one embedding without a name."""
+    found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        word = ""
+        trigger = ""
         if key.startswith(BUNDLE):
-            word, _, key = key.removeprefix(BUNDLE).partition(".")
-        words.setdefault(word, {})[key] = tensor
-    return words
+            trigger, _, key = key.removeprefix(BUNDLE).partition(".")
+        found.setdefault(trigger, {})[key] = tensor
+    return found
 
 
 def _matrix(key: str, tensor: Tensor, path: Path) -> Tensor:
@@ -150,7 +155,7 @@ def _a1111_content(embedding: Embedding) -> dict[str, Any]:
 
 def _only(embedding: Embedding, what: str) -> Tensor:
     if len(embedding.vectors) > 1:
-        raise UserError(f"{what} holds vectors for one text encoder; this word has {', '.join(embedding.vectors)}.")
+        raise UserError(f"{what} holds vectors for one text encoder; this one has {', '.join(embedding.vectors)}.")
     return next(iter(embedding.vectors.values()))
 
 

@@ -1,7 +1,6 @@
 """The MODEL, CLIP and VAE of a ComfyUI graph as a DiffusionModel."""
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,7 +27,14 @@ from .comfyui_autograd import (
     training_flag,
 )
 from .comfyui_encoding import encode
-from .comfyui_words import embedding_keys, reads_files, vocabularies, with_words
+from .comfyui_tokens import (
+    embedding_keys,
+    row_of,
+    supports_embedding_files,
+    text_encoders,
+    vocabularies,
+    with_embeddings,
+)
 
 Conditioning = list[dict[str, Any]]
 
@@ -36,11 +42,6 @@ Conditioning = list[dict[str, Any]]
 def _pytorch_attention(_original, *args, **kwargs):
     """Flash and sage attention have no backward pass; PyTorch's attention has."""
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
-
-
-def _storage(token) -> int | None:
-    """Where a row of vectors lies; None for the number of a token."""
-    return token.untyped_storage().data_ptr() if torch.is_tensor(token) else None
 
 
 def _alike(inputs: list[dict[str, Any]]) -> list[list[int]]:
@@ -146,9 +147,9 @@ class ComfyModel:
         return comfy.ldm.modules.attention.optimized_attention.__name__.removeprefix("attention_")
 
     @property
-    def reads_files(self) -> bool:
+    def supports_embedding_files(self) -> bool:
         """Whether ComfyUI without this pack takes ``embedding:NAME`` with this CLIP."""
-        return reads_files(self._clip)
+        return supports_embedding_files(self._clip)
 
     def free_memory(self) -> float:
         return float(comfy.model_management.get_free_memory(self.device))  # type: ignore[arg-type]
@@ -170,14 +171,16 @@ class ComfyModel:
     def vocabularies(self) -> dict[str, Vocabulary]:
         return vocabularies(self._clip)
 
-    def check_prompts(self, prompts: Sequence[str], *words: Embedding) -> None:
-        clip = with_words(self._clip, *words)
+    def check_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> None:
+        clip = with_embeddings(self._clip, *embeddings)
         for prompt in dict.fromkeys(prompts):
-            sections = [section for encoder in clip.tokenize(prompt).values() for section in encoder]
-            rows = [Counter(_storage(token[0]) for token in section) for section in sections]
-            for word in words:
-                for vectors in word.vectors.values():
-                    check_whole((row[_storage(vectors)] for row in rows), word.count, prompt)
+            tokens = clip.tokenize(prompt)
+            for encoder in text_encoders(clip):
+                sections = [[id(row_of(token)) for token, _ in section] for section in tokens.get(encoder.name, [])]
+                for embedding in embeddings:
+                    rows = {id(row) for row in clip.tokenizer.embeddings[embedding.trigger][encoder.key]}
+                    counts = (sum(token in rows for token in section) for section in sections)
+                    check_whole(counts, embedding.count, prompt)
 
     # The diffusion model ------------------------------------------------------------------------
 
@@ -201,11 +204,11 @@ class ComfyModel:
                 latents.append(latent_format.process_in(encoded.clone().float().cpu())[0])
         return latents
 
-    def encode_prompts(self, prompts: Sequence[str], *words: Embedding) -> Conditioning:
-        return encode(with_words(self._clip, *words), prompts)
+    def encode_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> Conditioning:
+        return encode(with_embeddings(self._clip, *embeddings), prompts)
 
-    def text_outputs(self, prompts: Sequence[str], *words: Embedding) -> list[Tensor]:
-        return [encoded["cross_attn"][0] for encoded in self.encode_prompts(prompts, *words)]
+    def text_outputs(self, prompts: Sequence[str], *embeddings: Embedding) -> list[Tensor]:
+        return [encoded["cross_attn"][0] for encoded in self.encode_prompts(prompts, *embeddings)]
 
     def sample_sigmas(self, quantiles: Tensor) -> Tensor:
         sigmas = self._patcher.model.model_sampling.sigmas
@@ -276,7 +279,7 @@ class ComfyModel:
         self, prompt: str, embedding: Embedding | None, shape: Sequence[int], seed: int, steps: int, cfg: float
     ) -> Tensor:
         """Drawn by ComfyUI's own sampler; see ``DiffusionModel``."""
-        clip = with_words(self._clip, *([embedding] if embedding else []))
+        clip = with_embeddings(self._clip, *([embedding] if embedding else []))
         positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
         latent = torch.zeros(1, *shape)
         samples = comfy.sample.sample(

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..prompts import check_whole
 from ..vocabulary import Vocabulary
 from .diffusers_families import FAMILIES, Conditioning
-from .diffusers_words import spelled, tokenizer_slot, with_names, with_words
+from .diffusers_tokens import spelled, tokenizer_slot, with_embeddings, with_names
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 OPENCLIP_H = 1024  # width of SD2's text encoder, which sits in the same slot as SD1's
@@ -189,18 +189,18 @@ class DiffusersModel:
             found[key] = Vocabulary(table, tokens, partial(_token_ids, tokenizer))
         return found
 
-    def check_prompts(self, prompts: Sequence[str], *words: Embedding) -> None:
+    def check_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> None:
         for slot in self._encoders:
             original = getattr(self._pipeline, tokenizer_slot(slot))
-            tokenizer = with_names(original, sum(word.count for word in words))
+            tokenizer = with_names(original, sum(embedding.count for embedding in embeddings))
             limit = min(tokenizer.model_max_length, self._family.tokens)
             for prompt in dict.fromkeys(prompts):
-                ids = tokenizer(spelled(prompt, *words), truncation=True, max_length=limit).input_ids
+                ids = tokenizer(spelled(prompt, *embeddings), truncation=True, max_length=limit).input_ids
                 first = len(original)
-                for word in words:
-                    found = sum(first <= number < first + word.count for number in ids)
-                    first += word.count
-                    check_whole([found], word.count, prompt)
+                for embedding in embeddings:
+                    found = sum(first <= number < first + embedding.count for number in ids)
+                    first += embedding.count
+                    check_whole([found], embedding.count, prompt)
 
     # The diffusion model ------------------------------------------------------------------------
 
@@ -216,18 +216,18 @@ class DiffusersModel:
                 latents.append(((latent[0].float() - shift) * vae.config.scaling_factor).cpu())
         return latents
 
-    def encode_prompts(self, prompts: Sequence[str], *words: Embedding) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> Conditioning:
         """All distinct prompts at once, by the pipeline's own ``encode_prompt``. Raises UserError."""
         distinct = list(dict.fromkeys(prompts))
-        fitted = [word.fitted(self.keys) for word in words]
-        with with_words(self._pipeline, self._encoders, *fitted) as pipeline:
-            texts = [spelled(prompt, *words) for prompt in distinct]
+        matched = [embedding.for_encoders(self.keys) for embedding in embeddings]
+        with with_embeddings(self._pipeline, self._encoders, *matched) as pipeline:
+            texts = [spelled(prompt, *embeddings) for prompt in distinct]
             encoded = self._family.encode(pipeline, texts, self.device)
         rows = [distinct.index(prompt) for prompt in prompts]
         return {name: tensor[rows] for name, tensor in encoded.items()}
 
-    def text_outputs(self, prompts: Sequence[str], *words: Embedding) -> list[Tensor]:
-        return list(self.encode_prompts(prompts, *words)["context"])
+    def text_outputs(self, prompts: Sequence[str], *embeddings: Embedding) -> list[Tensor]:
+        return list(self.encode_prompts(prompts, *embeddings)["context"])
 
     def sample_sigmas(self, quantiles: Tensor) -> Tensor:
         sigmas = self._schedule.sigmas
@@ -269,11 +269,11 @@ class DiffusersModel:
         """One picture (1, H, W, 3) in 0..1 of latent ``shape`` (C, h, w), drawn by the pipeline itself."""
         patch, scale = self._family.patch, self._pipeline.vae_scale_factor
         height, width = (side // patch * patch * scale for side in shape[-2:])
-        words = nullcontext(copy.copy(self._pipeline))
+        drawing = nullcontext(copy.copy(self._pipeline))
         if embedding is not None:
-            words = with_words(self._pipeline, self._encoders, embedding.fitted(self.keys))
+            drawing = with_embeddings(self._pipeline, self._encoders, embedding.for_encoders(self.keys))
             prompt = spelled(prompt, embedding)
-        with words as pipeline:
+        with drawing as pipeline:
             pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # it keeps where it stands
             pipeline.set_progress_bar_config(disable=True)
             pictures = pipeline(
