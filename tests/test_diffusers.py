@@ -470,7 +470,7 @@ def test_loads_folders_and_single_files_without_network(tmp_path, offline):
         DiffusersModel.load(tmp_path)
     with pytest.raises(UserError, match="cannot be loaded"):
         DiffusersModel.load(configs)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         DiffusersModel.load(file, tmp_path / "missing")
     index = json.loads((configs / "model_index.json").read_text())
     (configs / "model_index.json").write_text(json.dumps({**index, "_class_name": "KolorsPipeline"}))

@@ -127,7 +127,7 @@ def _same_encoders(a: Embedding, b: Embedding) -> tuple[Embedding, Embedding]:
         fitted = None
     if fitted is None or len(fitted.vectors) != len(b.vectors):
         raise UserError(
-            f"a and b are for different models and cannot be blended: a ({a.trigger!r}) has {a.describe()}; "
+            f"a and b are made for different models and cannot be blended: a ({a.trigger!r}) has {a.describe()}; "
             f"b ({b.trigger!r}) has {b.describe()}."
         )
     return a, fitted
