@@ -34,22 +34,22 @@ class Train(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The diffusion model, with any LoRAs applied to it."),
+                io.Model.Input("model", tooltip="The diffusion model, with any LoRAs already applied."),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
-                io.Image.Input("images", tooltip="3 to 5 pictures of the thing, style or face, as a list or batch."),
+                io.Image.Input("images", tooltip="3 to 5 pictures of the object, style or face, as a list or batch."),
                 *[widget(name) for name in MAIN_FIELDS],
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="One a picture: white is learned, black is ignored. (Load Image's mask is the inverse.)",
+                    tooltip="One per picture: white is learned, black is ignored. (Masks of Load Image are inverted.)",
                 ),
                 io.String.Input(
                     "captions",
                     optional=True,
                     force_input=True,
-                    tooltip="One a picture, or one for all: what is to be seen besides the new word, which stands "
-                    "where {} or the trigger word is, else in front.",
+                    tooltip="One per picture, or one for all: what else the picture shows. Write {} or the trigger "
+                    "word where the new word belongs; otherwise it is put in front.",
                 ),
                 SettingsSocket.Input("settings", optional=True, tooltip="From Textual Inversion Settings."),
                 EmbeddingSocket.Input(
@@ -59,13 +59,15 @@ class Train(io.ComfyNode):
                 ),
             ],
             outputs=[
-                EmbeddingSocket.Output(display_name="embedding", tooltip="Connect to Save or Apply Embedding."),
+                EmbeddingSocket.Output(
+                    display_name="embedding", tooltip="Connect to Save Embedding or Apply Embedding."
+                ),
                 LossMapSocket.Output(
                     display_name="loss",
-                    tooltip="Loss before the first step, then of each step: for Plot Loss Graph.",
+                    tooltip="Loss before the first step, then of each step. Connect to Plot Loss Graph.",
                 ),
                 io.Image.Output(
-                    display_name="previews", tooltip="The preview pictures as a batch, the last at the end."
+                    display_name="previews", tooltip="All preview pictures as a batch; the last one shows the result."
                 ),
                 io.String.Output(display_name="report", tooltip="What was learned, in a few lines."),
             ],

@@ -93,7 +93,7 @@ def test_bad_preview_settings():
 
 
 def test_templates_must_contain_the_trigger_word():
-    with pytest.raises(UserError, match="does not contain"):
+    with pytest.raises(UserError, match=r"does not contain \{\} or 'S\*'"):
         template_prompts("custom", "a sketch of {}\na sketch", "S*")
     with pytest.raises(UserError, match="needs a template"):
         template_prompts("custom", " \n", "S*")

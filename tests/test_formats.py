@@ -377,11 +377,11 @@ def test_write_that_reads_back_differently_is_an_error(tmp_path, embedding, monk
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"weight": torch.zeros(4, 4, 3, 3)}, r"no embedding: weight has shape \(4, 4, 3, 3\)"),
-        ({"ids": torch.zeros(3, dtype=torch.int64)}, "no embedding: ids"),
+        ({"weight": torch.zeros(4, 4, 3, 3)}, r"not an embedding: weight has shape \(4, 4, 3, 3\)"),
+        ({"ids": torch.zeros(3, dtype=torch.int64)}, "not an embedding: ids"),
         ({"clip_l": torch.full((1, 768), float("nan"))}, "holds NaN"),
-        ({"matrix": torch.zeros(2000, 768)}, r"no embedding: matrix has shape \(2000, 768\)"),
-        ({f"layer{n}": torch.zeros(8) for n in range(40)}, "no embedding: it holds 40 tensors"),
+        ({"matrix": torch.zeros(2000, 768)}, r"not an embedding: matrix has shape \(2000, 768\)"),
+        ({f"layer{n}": torch.zeros(8) for n in range(40)}, "not an embedding: it contains 40 tensors"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -397,7 +397,7 @@ def test_other_files_are_refused(tmp_path, tensors, message, suffix):
     [
         (b"\xff" * 100, "cannot be read as an embedding"),
         (b"", "cannot be read as an embedding"),
-        (b"\x80\x02" + b"\xff" * 50, "broken, or holds more than numbers"),
+        (b"\x80\x02" + b"\xff" * 50, "broken, or contains more than numbers"),
         (b"PK\x03\x04" + b"\xff" * 50, "cannot be read as an embedding"),
         (b"\x89PNG" + b"\xff" * 50, "cannot be read as an embedding"),
     ],
@@ -417,5 +417,5 @@ def test_ordinary_picture_is_refused(tmp_path):
 def test_pickled_rubbish_is_refused(tmp_path):
     for content in ([1, 2], {"a": "b"}, {"string_to_param": 3}, OrderedDict()):
         torch.save(content, tmp_path / "rubbish.pt")
-        with pytest.raises(UserError, match="no embedding"):
+        with pytest.raises(UserError, match="not an embedding"):
             formats.read(tmp_path / "rubbish.pt")

@@ -1,4 +1,4 @@
-"""The same engine from a shell, on a diffusers pipeline: ``python -m textual_inversion --help``."""
+"""The engine on the command line, with a diffusers pipeline: ``python -m textual_inversion --help``."""
 
 import sys
 from contextlib import suppress
@@ -28,7 +28,7 @@ from .vocabulary import initial_embedding
 
 app = tyro.extras.SubcommandApp()
 TriggerOption = Annotated[str, tyro.conf.arg(aliases=("--word",))]
-INTERRUPTED = 130  # what shells call a program that Ctrl-C ended
+INTERRUPTED = 130  # exit code of programs that Ctrl-C ends
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def generate(
     """
     learned, model = formats.read(embedding), pipeline.load()
     text = place_trigger(prompt, learned.trigger)
-    shape = (0, height // GRID, width // GRID)  # the pipeline knows its channels
+    shape = (0, height // GRID, width // GRID)  # channels do not matter: the pipeline knows them
     drawn = [model.generate(text, known, shape, seed, steps, cfg)[0] for known in (None, learned)]
     to_pillow(torch.cat(drawn, dim=1)).save(output)
     print(output)
