@@ -161,7 +161,7 @@ def test_words_bundled_in_a_lora_among_its_weights(tmp_path):
     save_file({**words, **{f"lora_{n}.weight": torch.zeros(4, 4, 3, 3) for n in range(30)}}, path)
     assert formats.read(path, "dog").trigger == "dog"
     assert formats.read(path, "dog").vectors["clip_l"].eq(1).all()
-    with pytest.raises(UserError, match="holds the embeddings cat, dog: choose one"):
+    with pytest.raises(UserError, match="contains the embeddings cat, dog: choose one"):
         formats.read(path)
 
 
@@ -197,7 +197,7 @@ def test_round_trip(format, encoders, count, tmp_path):
     word = Embedding("<word>", vectors(encoders, count), {"steps": "7", "base_model": "model"})
     path = formats.free_path(tmp_path, "word", formats.FORMATS[format].suffix)
     if format == "concepts-library" and len(encoders) > 1:
-        with pytest.raises(UserError, match="one text encoder; this one has"):
+        with pytest.raises(UserError, match="one text encoder; this embedding has"):
             formats.write(word, path, format)
         assert not list(tmp_path.iterdir())
         return
@@ -379,7 +379,7 @@ def test_write_that_reads_back_differently_is_an_error(tmp_path, embedding, monk
     [
         ({"weight": torch.zeros(4, 4, 3, 3)}, r"not an embedding: weight has shape \(4, 4, 3, 3\)"),
         ({"ids": torch.zeros(3, dtype=torch.int64)}, "not an embedding: ids"),
-        ({"clip_l": torch.full((1, 768), float("nan"))}, "holds NaN"),
+        ({"clip_l": torch.full((1, 768), float("nan"))}, "contains NaN"),
         ({"matrix": torch.zeros(2000, 768)}, r"not an embedding: matrix has shape \(2000, 768\)"),
         ({f"layer{n}": torch.zeros(8) for n in range(40)}, "not an embedding: it contains 40 tensors"),
     ],
