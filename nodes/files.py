@@ -24,7 +24,8 @@ def embedding_file(name: str) -> Path:
         path = folder / name
         if path.is_file():
             if not path.resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"{name!r} is a link outside the embeddings folder; copy the file there.")
+                outside = "is outside" if ".." in Path(name).parts else "is a link outside"
+                raise UserError(f"{name!r} {outside} the embeddings folder; copy the file there.")
             return path
     raise UserError(f"There is no {name!r} in the embeddings folder.")
 

@@ -88,7 +88,7 @@ def test_initializer_is_found_in_every_kind_of_vocabulary(name):
         known = model.vocabularies()
         assert any(word in vocabulary.words().values() for vocabulary in known.values())
         for key, rows in initial_embedding(known, "S*", word, 1).vectors.items():
-            assert known[key].nearest(rows[0], 1)[0][1] > 0.5
+            assert known[key].nearest(rows, 1)[0][0][1] > 0.5
 
 
 def test_sampling(family, graph):
