@@ -37,6 +37,6 @@ class ApplyEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, embedding, trigger, strength) -> io.NodeOutput:
-        word = trigger.strip() or embedding.trigger
-        check_trigger(word)
-        return io.NodeOutput(with_embeddings(clip, embedding.renamed(word).scaled(strength)))
+        trigger = trigger.strip() or embedding.trigger
+        check_trigger(trigger)
+        return io.NodeOutput(with_embeddings(clip, embedding.renamed(trigger).scaled(strength)))

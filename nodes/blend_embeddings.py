@@ -55,13 +55,13 @@ class BlendEmbeddings(io.ComfyNode):
 
     @classmethod
     def execute(cls, a, mode, weight, vectors, trigger, b=None) -> io.NodeOutput:
-        word, numbers = trigger.strip(), vectors.strip()
-        if b is None and not (word or numbers):
+        trigger, numbers = trigger.strip(), vectors.strip()
+        if b is None and not (trigger or numbers):
             raise UserError("Connect b, or write which vectors of a to keep.")
         result = a if b is None else blend(a, b, mode, weight)
         if numbers:
             result = take(result, numbers)
-        if word:
-            check_trigger(word)
-            result = result.renamed(word)
+        if trigger:
+            check_trigger(trigger)
+            result = result.renamed(trigger)
         return io.NodeOutput(result)
