@@ -129,7 +129,9 @@ def test_words_that_cannot_be_blended():
 def test_keys_of_other_tools_are_understood():
     """diffusers calls the vectors by the trigger word, kohya ``emb_params``; both are clip_l."""
     rows = A.vectors["clip_l"]
-    blended = blend(Embedding("<a>", {"<a>": rows}), Embedding("b", {"emb_params": 3 * rows}), "weighted sum", 0.5)
+    a = Embedding("<a>", {"<a>": rows}, unnamed=frozenset({"<a>"}))
+    b = Embedding("b", {"emb_params": 3 * rows}, unnamed=frozenset({"emb_params"}))
+    blended = blend(a, b, "weighted sum", 0.5)
     same(blended, Embedding("", {"clip_l": 2 * rows}))
 
 
