@@ -6,10 +6,14 @@ PYTHON := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup comfyui browser demo test lint format clean
 
-setup: .venv/.ready
+setup: comfyui browser
+
+comfyui: .venv/.ready
 	@$(PYTHON) -m dev.get_comfyui
+
+browser: .venv/.ready
 	@$(PYTHON) -m dev.get_browser
 
 .venv/.ready: requirements-dev.txt pyproject.toml
@@ -29,7 +33,7 @@ demo: setup
 test: setup
 	@$(PYTHON) -m pytest
 
-lint: setup
+lint: comfyui
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m pyright

@@ -22,7 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -79,14 +79,15 @@ class Cell:
 
     def __init__(self, bench: Bench, name: str, recipe: Recipe, concept: Concept, seed: int, captions: bool) -> None:
         from textual_inversion import TrainConfig
+        from textual_inversion.state import saved_settings
 
         base = {"initializer": concept.initializer, "kind": concept.kind, "seed": seed}
         self.config = TrainConfig(**base, **recipe.settings)
         self.bench, self.recipe, self.concept = bench, recipe, concept
         self.about = {"recipe": name, "concept": concept.folder.name, "kind": concept.kind, "seed": seed}
-        self.about |= {"captions": captions, "settings": asdict(self.config)}
+        self.about |= {"captions": captions, "settings": saved_settings(self.config)}
         self.training = bench.dataset(concept, "train", self.config, captions)
-        plain = replace(self.config, context_vectors=0)
+        plain = replace(self.config, per_image_tokens=0)
         self.seen, self.heldout = (bench.dataset(concept, part, plain) for part in ("train", "heldout"))
 
     def run(self) -> tuple[dict[str, Any], Any, Tensor | None]:
@@ -94,8 +95,8 @@ class Cell:
         from textual_inversion import initial_embedding, optimizers, train
 
         curve, seconds, started = [], 0.0, time.perf_counter()
-        together = 0.0 if self.recipe.alone else optimizers.TOGETHER
-        with self.bench.model as model, patch.object(optimizers, "TOGETHER", together):
+        weight = optimizers.SHARED_UPDATE_WEIGHT if self.recipe.shared_updates else 0.0
+        with self.bench.model.training() as model, patch.object(optimizers, "SHARED_UPDATE_WEIGHT", weight):
             with torch.no_grad():
                 known = model.vocabularies(), self.config.trigger, self.concept.initializer
                 class_word = initial_embedding(*known, self.config.vectors)
@@ -113,7 +114,7 @@ class Cell:
             result = self.about | {
                 "curve": curve,
                 "stopped": step.number,
-                "kept": step.best_number if keeps_best else step.number,
+                "kept": step.best_step if keeps_best else step.number,
                 "identity": 1 - sum(losses) / sum(class_losses),
                 "bands": [1 - ours / theirs for ours, theirs in zip(losses, class_losses, strict=True)],
                 "leak": sum(losses) / BANDS - self.loss(self.seen, word, DRAWS),
@@ -133,9 +134,7 @@ class Cell:
         from textual_inversion.objective import mean_loss
 
         batches = fixed_batches(dataset, replace(self.config, batch_size=32, flip_probability=0.0), draws)
-        banded = [
-            [_rows(batch, (batch.quantiles * BANDS).long() == band) for batch in batches] for band in range(BANDS)
-        ]
+        banded = [[batch.rows((batch.quantiles * BANDS).long() == band) for batch in batches] for band in range(BANDS)]
         return [mean_loss(self.bench.model, [word], [b for b in rows if b.prompts]) for rows in banded]
 
     def drift(self, class_word, word) -> float:
@@ -151,11 +150,11 @@ class Cell:
 
 
 def samples_of(bench: Bench, concept: Concept, word, shape) -> tuple[dict[str, Any], Tensor]:
-    from textual_inversion.prompts import place_word
+    from textual_inversion.prompts import place_trigger
     from toy_model.judge import load_judge
 
     asked = ASKED[concept.kind]
-    prompts = [place_word(prompt, word.trigger) for prompt in asked]
+    prompts = [place_trigger(prompt, word.trigger) for prompt in asked]
     pictures = torch.cat([bench.model.generate(text, word, shape, n, **SAMPLING) for n, text in enumerate(prompts)])
     read = load_judge().describe(pictures.movedim(-1, 1))
     identity = json.loads((concept.folder / "concept.json").read_text())["identity"]
@@ -166,17 +165,6 @@ def samples_of(bench: Bench, concept: Concept, word, shape) -> tuple[dict[str, A
     ]
     looked = [seen[name] == value for seen in read for name, value in own.items()]
     return {"obeys": sum(obeyed) / len(obeyed), "looks": sum(looked) / len(looked)}, pictures[SHOWN]
-
-
-def _rows(batch, chosen: Tensor):
-    prompts = [prompt for prompt, keep in zip(batch.prompts, chosen.tolist(), strict=True) if keep]
-    return replace(
-        batch,
-        latents=batch.latents[chosen],
-        noise=batch.noise[chosen],
-        quantiles=batch.quantiles[chosen],
-        prompts=prompts,
-    )
 
 
 def _length(word) -> float:

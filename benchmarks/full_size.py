@@ -104,7 +104,7 @@ def measure(graph, size: int, batch: int, repeats: int, checkpointing: bool) -> 
             step()
         return step
 
-    with model:
+    with model.training():
         peak = peak_memory(set_up, torch.device("cpu"))
     assert peak is not None
     return statistics.median(taken), peak / 1024

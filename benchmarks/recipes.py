@@ -35,8 +35,8 @@ class Recipe:
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: Callable[[Any, Dataset, TrainConfig], Embedding] = from_word
-    alone: bool = False
-    """Throw-away words turn each for itself."""
+    shared_updates: bool = True
+    """Whether per-image tokens share their updates."""
 
 
 # What everyone else does: plain AdamW at a constant rate on templates, the last vectors kept, and
@@ -45,7 +45,7 @@ PLAIN = {
     "optimizer": "adamw",
     "schedule": "constant",
     "momentum": 0.9,
-    "context_vectors": 0,
+    "per_image_tokens": 0,
     "averaging": 0.0,
     "patience": 0,
     "evaluate_every": 10_000,
@@ -86,17 +86,17 @@ RECIPES = {
 
 # Ours with one piece changed: what is kept has to pay (docs/method.md).
 ABLATIONS = {
-    "no context words": Recipe("", {"context_vectors": 0}),
-    "contexts alone": Recipe("", alone=True),
-    "contexts alone for 200 steps": Recipe(
-        "", {"steps": 200, "momentum": 0.8, "averaging": 0.9, "patience": 3, "evaluate_every": 20}, alone=True
+    "no per-image tokens": Recipe("", {"per_image_tokens": 0}),
+    "no shared updates": Recipe("", shared_updates=False),
+    "no shared updates, 200 steps": Recipe(
+        "", {"steps": 200, "momentum": 0.8, "averaging": 0.9, "patience": 3, "evaluate_every": 20}, shared_updates=False
     ),
-    "two context vectors": Recipe("", {"context_vectors": 2}),
+    "two per-image tokens": Recipe("", {"per_image_tokens": 2}),
     "adamw": Recipe("", {"optimizer": "adamw", "learning_rate": 2e-2, "momentum": 0.9}),
     "constant rate": Recipe("", {"schedule": "constant"}),
     "no averaging": Recipe("", {"averaging": 0.0}),
     "all steps": Recipe("", {"patience": 0}),
-    "no pull": Recipe("", {"editability": 0.0}),
-    "pull 0.5": Recipe("", {"editability": 0.5}),
+    "no anchor": Recipe("", {"editability": 0.0}),
+    "anchor 0.5": Recipe("", {"editability": 0.5}),
     "searched initializer": Recipe("", {}, from_search),
 }

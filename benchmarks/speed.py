@@ -62,8 +62,8 @@ class Case:
     checkpointing: bool
 
     def config(self) -> Any:
-        """The defaults without throw-away words, measurements and an early end."""
-        settings = {"context_vectors": 0, "steps": 100_000, "evaluate_every": 10_000, "patience": 0}
+        """The defaults without per-image tokens, evaluations and early stopping."""
+        settings = {"per_image_tokens": 0, "steps": 100_000, "evaluate_every": 10_000, "patience": 0}
         settings |= {"batch_size": self.batch, "gradient_checkpointing": self.checkpointing}
         return TrainConfig(initializer="toy", **settings)
 
@@ -137,7 +137,7 @@ class ThroughComfyUI:
     def ways(self, case: Case) -> Iterator[Ways]:
         from textual_inversion.adapters.comfyui import ComfyModel
 
-        with ComfyModel(*self.parts, case.checkpointing) as model:
+        with ComfyModel(*self.parts, case.checkpointing).training() as model:
             yield {
                 UNET: lambda: self.unet_step(model, case),
                 TEXT: lambda: self.text_step(model, case),
@@ -157,10 +157,10 @@ class ThroughComfyUI:
 
     def text_step(self, model, case: Case) -> Step:
         """The distinct prompts of a batch in one pass, tokenised before."""
-        from textual_inversion.adapters.comfyui_words import text_encoders, with_words
+        from textual_inversion.adapters.comfyui_tokens import text_encoders, with_embeddings
 
         word = initial_embedding(model.vocabularies(), "S*", "toy", 1).trainable()
-        clip = with_words(model._clip, word)
+        clip = with_embeddings(model._clip, word)
         (encoder,) = text_encoders(clip)
         batches = [[clip.tokenize(p) for p in dict.fromkeys(batch.prompts)] for batch in islice(case.batches(), 32)]
         rows = cycle([[[token for token, _ in text[encoder.name][0]] for text in batch] for batch in batches])

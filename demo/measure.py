@@ -68,7 +68,7 @@ class Bench:
         return make_dataset(self.model.encode_images, images, [], captions if with_captions else [], config)
 
     def heldout_loss(self, dataset, embedding, text: str, noise_levels: int = NOISE_LEVELS) -> float:
-        """Loss of the captions with ``text`` in the place of the word. Call inside ``with model:``."""
+        """Loss of the captions with ``text`` in the place of the word. Call inside ``with model.training():``."""
         from textual_inversion import TrainConfig
         from textual_inversion.dataset import fixed_batches
         from textual_inversion.objective import mean_loss
@@ -88,7 +88,7 @@ class Bench:
 
         config = TrainConfig(initializer=concept.initializer, kind=concept.kind, **settings)
         training, heldout = (self.dataset(concept, part, config) for part in ("train", "heldout"))
-        with self.model as model:
+        with self.model.training() as model:
             start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, config.vectors)
             embedding = start.trainable()
             started = time.perf_counter()

@@ -134,7 +134,7 @@ def measured(concept: Concept, learned: Path, trigger: str) -> dict[str, float]:
     config = TrainConfig(trigger=trigger, initializer=concept.initializer)
     word = formats.read(learned)
     training, heldout = (bench.dataset(concept, part, config) for part in ("train", "heldout"))
-    with bench.model as model:
+    with bench.model.training() as model:
         start = initial_embedding(model.vocabularies(), trigger, concept.initializer, 1)
         return {
             "loss_first": bench.heldout_loss(training, start, trigger),

@@ -1,4 +1,4 @@
-"""ComfyUI's face of the engine: every node is a schema, one call and its progress."""
+"""The ComfyUI nodes. Each is a schema and a call into the engine."""
 
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override

@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..textual_inversion.adapters.comfyui_words import with_words
+from ..textual_inversion.adapters.comfyui_tokens import with_embeddings
 from ..textual_inversion.prompts import check_trigger
 from .sockets import CATEGORY, EmbeddingSocket
 
@@ -12,15 +12,15 @@ class ApplyEmbedding(io.ComfyNode):
             node_id="TI_ApplyEmbedding",
             display_name="Apply Embedding",
             category=CATEGORY,
-            description="Gives a CLIP a new word: write the trigger word anywhere in a prompt, without a file.",
+            description="Adds an embedding to a CLIP: write its trigger word anywhere in a prompt. No file is needed.",
             search_aliases=["textual inversion", "use embedding", "trigger word", "ti apply"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder. It stays as it is; the output knows the word."),
+                io.Clip.Input("clip", tooltip="The text encoder. Only the output knows the trigger word."),
                 EmbeddingSocket.Input("embedding", tooltip="From Train Textual Inversion or Load Embedding."),
                 io.String.Input(
                     "trigger",
                     default="",
-                    tooltip="The word to write in prompts. Empty: the word the embedding was trained with.",
+                    tooltip="Trigger word to write in prompts. Empty: the one the embedding was trained with.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -29,14 +29,18 @@ class ApplyEmbedding(io.ComfyNode):
                     max=2.0,
                     step=0.05,
                     round=0.001,
-                    tooltip="Multiplies the vectors. 1: as trained. For one prompt alone, write (word:1.2).",
+                    tooltip="Multiplies the vectors. 1: as trained. To change only one prompt, write (word:1.2) in it.",
                 ),
             ],
-            outputs=[io.Clip.Output(display_name="clip", tooltip="Connect to CLIP Text Encode, or to another Apply.")],
+            outputs=[
+                io.Clip.Output(
+                    display_name="clip", tooltip="Connect to CLIP Text Encode, or to another Apply Embedding."
+                )
+            ],
         )
 
     @classmethod
     def execute(cls, clip, embedding, trigger, strength) -> io.NodeOutput:
-        word = trigger.strip() or embedding.trigger
-        check_trigger(word)
-        return io.NodeOutput(with_words(clip, embedding.renamed(word).scaled(strength)))
+        trigger = trigger.strip() or embedding.trigger
+        check_trigger(trigger)
+        return io.NodeOutput(with_embeddings(clip, embedding.renamed(trigger).scaled(strength)))

@@ -1,4 +1,4 @@
-"""A picture of an embedding: lengths as bars, beside what words have, and the nearest words written out."""
+"""A chart of an embedding: vector lengths as bars, compared with ordinary words, and the nearest words."""
 
 from functools import cache
 
@@ -11,15 +11,15 @@ from ..textual_inversion.embedding import Embedding
 from ..textual_inversion.inspection import Vectors
 
 WIDTH = 1024
-MOST_ROWS = 75  # as many vectors as a prompt holds
+MOST_ROWS = 75  # vectors that fit into one section of a CLIP prompt
 MARGIN, GAP, ROW, BAR = 28, 14, 34, 20
-TITLE = 76  # above all of them
-HEADING = 74  # above the bars of a text encoder
-LEFT, RIGHT, WORDS = 68, 340, 424  # where bars begin and end, and where the words begin
+TITLE = 76  # height of the title
+HEADING = 74  # height of the heading of each text encoder
+LEFT, RIGHT, NEAREST = 68, 340, 424  # x where bars begin and end, and where the nearest words begin
 
 PAPER, INK, PALE = (250, 250, 248), (34, 36, 40), (126, 130, 138)
 BAND, MIDDLE = (219, 230, 243), (120, 148, 190)
-USUAL, UNUSUAL = (62, 124, 170), (214, 100, 70)  # bars inside and outside the band
+USUAL, UNUSUAL = (62, 124, 170), (214, 100, 70)  # colours of bars inside and outside the band
 
 
 @cache
@@ -28,7 +28,7 @@ def _font(size: int):
 
 
 def chart(embedding: Embedding, found: list[Vectors]) -> Tensor:
-    """(1, H, 1024, 3) in 0..1; at most 75 vectors of each text encoder."""
+    """The chart, (1, H, 1024, 3) in 0..1, with at most 75 vectors of each text encoder."""
     heights = [
         HEADING + ROW * (min(len(part.lengths), MOST_ROWS) + (len(part.lengths) > MOST_ROWS)) + GAP for part in found
     ]
@@ -44,18 +44,19 @@ def chart(embedding: Embedding, found: list[Vectors]) -> Tensor:
 
 
 def _draw_part(draw: ImageDraw.ImageDraw, top: int, part: Vectors) -> None:
-    """One text encoder, from ``top`` downwards."""
+    """Draws one text encoder, from ``top`` downwards."""
     draw.line((MARGIN, top, WIDTH - MARGIN, top), PALE)
-    _write(draw, MARGIN, top + 8, f"{part.key or 'vectors'}: {len(part.lengths)} x {part.width}", 22, right=WORDS - 20)
+    heading = f"{part.key or 'vectors'}: {len(part.lengths)} x {part.width}"
+    _write(draw, MARGIN, top + 8, heading, 22, right=NEAREST - 20)
     right = RIGHT if part.usual else WIDTH - MARGIN - 70
     low, middle, high = part.usual or (0.0, 0.0, 0.0)
     scale = (right - LEFT) / (max(high, *part.lengths) or 1.0)
     rows = part.lengths[:MOST_ROWS]
     first = top + HEADING
     if part.usual:
-        words = f"blue band: 9 of 10 words, {low:.3f} to {high:.3f} long (line: {middle:.3f}); red: outside"
-        _write(draw, WORDS, top + 12, words, 16, PALE)
-        _write(draw, WORDS, top + 42, "nearest words, with cosine", 16, PALE)
+        legend = f"blue band: 90% of words, {low:.3f} to {high:.3f} (line: median {middle:.3f}); red: outside"
+        _write(draw, NEAREST, top + 12, legend, 16, PALE)
+        _write(draw, NEAREST, top + 42, "nearest words and cosine similarity", 16, PALE)
         draw.rectangle((LEFT + low * scale, first - 6, LEFT + high * scale, first + ROW * len(rows) - 8), BAND)
     _write(draw, LEFT, top + 42, "length", 16, PALE)
     ends = [max(LEFT + length * scale, LEFT + 2) for length in rows]
@@ -67,17 +68,17 @@ def _draw_part(draw: ImageDraw.ImageDraw, top: int, part: Vectors) -> None:
         x = LEFT + middle * scale
         draw.line((x, first - 6, x, first + ROW * len(rows) - 8), MIDDLE, 2)
     for number, (length, end) in enumerate(zip(rows, ends, strict=True)):
-        y, x = first + ROW * number + BAR / 2, float(WORDS)
+        y, x = first + ROW * number + BAR / 2, float(NEAREST)
         draw.text((LEFT - 14, y), str(number + 1), PALE, _font(16), anchor="rm")
         draw.text((end + 10, y), f"{length:.3f}", INK, _font(17), anchor="lm", stroke_width=2, stroke_fill=PAPER)
         for word, cosine in part.nearest[number] if part.nearest else []:
-            x = _word(draw, x, y, word, cosine)
+            x = _write_word(draw, x, y, word, cosine)
     if len(part.lengths) > MOST_ROWS:
         _write(draw, LEFT, first + ROW * MOST_ROWS, f"and {len(part.lengths) - MOST_ROWS} more", 17, PALE)
 
 
-def _word(draw: ImageDraw.ImageDraw, x: float, y: float, word: str, cosine: float) -> float:
-    """Writes a word and its cosine where there is room; gives where the next begins."""
+def _write_word(draw: ImageDraw.ImageDraw, x: float, y: float, word: str, cosine: float) -> float:
+    """Writes a word and its cosine if there is room. Returns the x of the next word."""
     value = f"{cosine:.2f}"
     middle = x + draw.textlength(word, _font(18)) + 6
     end = middle + draw.textlength(value, _font(14))
@@ -88,8 +89,8 @@ def _word(draw: ImageDraw.ImageDraw, x: float, y: float, word: str, cosine: floa
 
 
 def _write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, color=INK, right=WIDTH - MARGIN):
-    """One line, cut where it would pass ``right``."""
-    text = "".join(sign if sign.isprintable() else " " for sign in text)
+    """Writes one line, shortened to end before ``right``."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
     kept = text
     while draw.textlength(kept, _font(size)) > right - x:
         text = text[:-1]

@@ -1,4 +1,4 @@
-"""Where results go, and what they may be called."""
+"""The folders and file names that the nodes use."""
 
 from pathlib import Path
 
@@ -12,19 +12,20 @@ def embeddings_folder() -> Path:
 
 
 def embedding_files() -> list[str]:
-    """Names of everything in the embeddings folders that can be read; ComfyUI's own list has no pictures."""
+    """Names of the readable files in the embeddings folders. ComfyUI's own list leaves out PNGs."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths("embeddings")]
     cards = {card.relative_to(folder).as_posix() for folder in folders for card in folder.rglob("*.png")}
     return sorted({*folder_paths.get_filename_list("embeddings"), *cards})
 
 
 def embedding_file(name: str) -> Path:
-    """The file of that name. Raises UserError when it is outside the embeddings folders, by a link too."""
+    """The path of a file in an embeddings folder. Raises UserError if it, or the target of a link, is outside."""
     for folder in map(Path, folder_paths.get_folder_paths("embeddings")):
         path = folder / name
         if path.is_file():
             if not path.resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"{name!r} leads out of the embeddings folder: put a copy of the file into it.")
+                outside = "is outside" if ".." in Path(name).parts else "is a link outside"
+                raise UserError(f"{name!r} {outside} the embeddings folder; copy the file there.")
             return path
     raise UserError(f"There is no {name!r} in the embeddings folder.")
 
@@ -34,17 +35,17 @@ def temporary_folder() -> Path:
 
 
 def states_folder() -> Path:
-    """Unfinished runs: kept over restarts, out of the reach of ComfyUI's web server."""
+    """Where unfinished runs are saved. The files survive a restart, and ComfyUI's web server does not serve them."""
     return Path(folder_paths.get_system_user_directory("textual_inversion"))
 
 
 def workflow_id(extra_pnginfo: dict | None) -> str:
-    """The front end's id of the workflow; empty where the graph did not come from there."""
+    """The frontend's id of the workflow. Empty if the workflow was queued without the frontend."""
     return (extra_pnginfo or {}).get("workflow", {}).get("id") or ""
 
 
 def base_model(prompt: dict | None, node_id: str | None) -> str:
-    """File name of the model a node trains on: the nearest loader upstream of its MODEL."""
+    """File name of the model that a node trains on: that of the nearest loader upstream of its MODEL input."""
     while prompt and node_id in prompt:
         inputs = prompt[node_id].get("inputs", {})
         for key in ("ckpt_name", "unet_name"):

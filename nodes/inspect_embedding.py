@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io, ui
 
-from ..textual_inversion.adapters.comfyui_words import embedding_keys, vocabularies
+from ..textual_inversion.adapters.comfyui_tokens import embedding_keys, vocabularies
 from ..textual_inversion.inspection import describe, inspect
 from .embedding_chart import chart
 from .sockets import CATEGORY, EmbeddingSocket
@@ -15,8 +15,8 @@ class InspectEmbedding(io.ComfyNode):
             node_id="TI_InspectEmbedding",
             display_name="Inspect Embedding",
             category=CATEGORY,
-            description="Says what is in an embedding: its vectors, where it comes from, and with a CLIP how loud each "
-            "vector is and which words it is near.",
+            description="Shows what is in an embedding: the length of its vectors and where it comes from. With a CLIP "
+            "also the usual length of a word and the nearest words.",
             search_aliases=["embedding info", "nearest words", "vector length", "embedding metadata", "ti inspect"],
             is_output_node=True,
             inputs=[
@@ -26,15 +26,15 @@ class InspectEmbedding(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The text encoder of the same model: every vector is compared with the words it knows. "
-                    "Not connected: lengths alone.",
+                    tooltip="The text encoder of the same model, to compare every vector with the words it knows. "
+                    "Not connected: only the lengths.",
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="text", tooltip="What the node shows."),
+                io.String.Output(display_name="text", tooltip="The text that the node shows."),
                 io.Image.Output(
                     display_name="picture",
-                    tooltip="A bar for the length of every vector, beside those of words, and the nearest words.",
+                    tooltip="Bar chart of the vector lengths, compared with ordinary words, and the nearest words.",
                 ),
             ],
         )
@@ -43,7 +43,7 @@ class InspectEmbedding(io.ComfyNode):
     def execute(cls, embedding, clip=None) -> io.NodeOutput:
         known = {}
         if clip is not None:
-            known, read = vocabularies(clip), embedding.fitted(embedding_keys(clip)).vectors
+            known, read = vocabularies(clip), embedding.for_encoders(embedding_keys(clip)).vectors
             unread = {key: rows for key, rows in embedding.vectors.items() if all(rows is not r for r in read.values())}
             embedding = replace(embedding, vectors={**read, **unread})
         found = inspect(embedding, known)

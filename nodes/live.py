@@ -1,4 +1,4 @@
-"""What the panel of a Train node sees of a run, and what its buttons ask of it."""
+"""Sends the progress of a run to the panel of its Train node, and receives the clicks on the panel's buttons."""
 
 import math
 import threading
@@ -15,7 +15,7 @@ from server import PromptServer
 
 EVENT = "textual_inversion.run"
 SECONDS_BETWEEN_EVENTS = 0.25
-POINTS = 400  # of a curve in the browser
+POINTS = 400  # most points of a curve that is sent to the browser
 
 State = Literal["encoding", "searching", "learning", "finishing", "done", "cancelled", "failed"]
 Curve = list[tuple[int, float]]
@@ -23,17 +23,17 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Record:
-    """A run as the browser gets it, whole each time, so that no message needs those before it."""
+    """The state of a run as sent to the browser. Always complete, so no message depends on earlier ones."""
 
     workflow: str
-    node: str  # execution id: "3", inside of subgraphs "7:3"
+    node: str  # execution id, such as "3", or "7:3" in a subgraph
     run: str = ""
     state: State = "encoding"
     message: str = ""
     step: int = 0
     steps: int = 0
     learning_rate: float = 0.0
-    rate: float = 0.0  # pictures a second
+    rate: float = 0.0  # pictures per second
     seconds_left: float | None = None
     best: int = 0
     losses: Curve = field(default_factory=list)
@@ -45,7 +45,7 @@ class Record:
 
 
 class LiveRun:
-    """One run of a Train node: tells the browsers, and hears from them. As a context it tells the end."""
+    """One run of a Train node, connected to the browsers. On leaving its ``with`` block it sends how the run ended."""
 
     def __init__(self, workflow: str, node: str) -> None:
         self.record = Record(workflow, node, uuid.uuid4().hex)
@@ -66,7 +66,7 @@ class LiveRun:
             self.tell("failed", message=str(error))
 
     def tell(self, state: State, **changes: Any) -> None:
-        """Changes the record and sends it; within the same state at most four times a second."""
+        """Changes the record and sends it, at most four times per second while the state stays the same."""
         same, now = state == self.record.state, time.monotonic()
         self.record = replace(self.record, state=state, **changes)
         if not same or now - self._told >= SECONDS_BETWEEN_EVENTS:
@@ -78,17 +78,17 @@ class LiveRun:
         return self.record.state in ("done", "cancelled", "failed")
 
 
-RUNS: dict[tuple[str, str], LiveRun] = {}  # the last run of every node since ComfyUI started
+RUNS: dict[tuple[str, str], LiveRun] = {}  # the latest run of each node since ComfyUI started
 
 
 def thinned(losses: Sequence[float]) -> Curve:
-    """(step, loss) at most ``POINTS`` times: means of neighbours."""
+    """At most ``POINTS`` pairs (step, loss). Longer curves are averaged over neighbouring steps."""
     size = max(1, math.ceil(len(losses) / POINTS))
     return [(first, fmean(losses[first : first + size])) for first in range(0, len(losses), size)]
 
 
 def add_run_routes() -> None:
-    """Adds what the panels ask for to ComfyUI's server."""
+    """Adds the routes of the panel to ComfyUI's server."""
     routes = PromptServer.instance.routes
 
     @routes.get("/textual_inversion/runs")

@@ -3,6 +3,7 @@ import logging
 from comfy_api.latest import io
 
 from ..textual_inversion import formats
+from ..textual_inversion.adapters.comfyui_tokens import known_encoders
 from .files import embedding_file, embedding_files
 from .sockets import CATEGORY, EmbeddingSocket
 
@@ -17,7 +18,7 @@ class LoadEmbedding(io.ComfyNode):
             node_id="TI_LoadEmbedding",
             display_name="Load Embedding",
             category=CATEGORY,
-            description="Reads a file of models/embeddings, whatever trainer wrote it.",
+            description="Loads a file from models/embeddings, no matter which tool trained it.",
             search_aliases=["load textual inversion", "embedding file", "open embedding"],
             inputs=[
                 io.Combo.Input(
@@ -29,18 +30,20 @@ class LoadEmbedding(io.ComfyNode):
                     "partner",
                     options=[NO_PARTNER, *files],
                     optional=True,
-                    tooltip="The other of two files, where diffusers wrote one for each of SDXL's text encoders.",
+                    tooltip="The second file, if diffusers wrote one file for each text encoder of SDXL.",
                 ),
                 io.String.Input(
                     "word",
                     default="",
                     optional=True,
-                    tooltip="Which word to take from a file that bundles several. Empty: the only one.",
+                    tooltip="Trigger word of the embedding to load, if the file contains several. Empty: the only one.",
                 ),
             ],
             outputs=[
                 EmbeddingSocket.Output(display_name="embedding", tooltip="Connect to Apply Embedding."),
-                io.String.Output(display_name="trigger", tooltip="The word it was trained with, else its file name."),
+                io.String.Output(
+                    display_name="trigger", tooltip="The trigger word from training, or else the file name."
+                ),
             ],
         )
 
@@ -52,9 +55,9 @@ class LoadEmbedding(io.ComfyNode):
     def execute(cls, file, partner=NO_PARTNER, word="") -> io.NodeOutput:
         path = embedding_file(file)
         if partner == NO_PARTNER:
-            embedding = formats.read(path, word.strip())
+            embedding = formats.read(path, word.strip(), known_encoders())
         else:
-            embedding = formats.read_pair(path, embedding_file(partner))
+            embedding = formats.read_pair(path, embedding_file(partner), known_encoders())
         if left_out := embedding.metadata.get("left out"):
-            logging.warning("Load Embedding: %s has vectors that no prompt can carry, left out: %s", file, left_out)
+            logging.warning("Load Embedding: skipped vectors of %s that cannot be used in a prompt: %s", file, left_out)
         return io.NodeOutput(embedding, embedding.trigger)

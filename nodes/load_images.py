@@ -16,7 +16,7 @@ class LoadImages(io.ComfyNode):
             node_id="TI_LoadImages",
             display_name="Load Images (Textual Inversion)",
             category=CATEGORY,
-            description="All pictures of a folder, in order of their names, with masks and captions.",
+            description="Loads all pictures of a folder, sorted by name, with masks and captions.",
             search_aliases=[
                 "load images",
                 "image folder",
@@ -34,12 +34,12 @@ class LoadImages(io.ComfyNode):
                 io.String.Input(
                     "path",
                     default="",
-                    tooltip="Full path of a folder anywhere on this computer. Used instead of 'folder' when filled.",
+                    tooltip="Full path of any folder on this computer. If not empty, it is used instead of 'folder'.",
                 ),
                 io.Combo.Input(
                     "crop",
                     options=["keep shape", "square"],
-                    tooltip="Square cuts out the middle. Keep shape crops less than 8 pixels.",
+                    tooltip="square: crop to a square in the middle. keep shape: crop less than 8 pixels.",
                 ),
                 io.Int.Input(
                     "size",
@@ -47,8 +47,8 @@ class LoadImages(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=8,
-                    tooltip="Pixels a side; with kept shape, the side of a square of the same area. 0: as they are. "
-                    "SD1 likes 512, SDXL 1024.",
+                    tooltip="Pixels per side. With keep shape: the side of a square of the same area. 0: do not "
+                    "resize. Use 512 for SD1, 1024 for SDXL.",
                 ),
             ],
             outputs=[
@@ -56,12 +56,12 @@ class LoadImages(io.ComfyNode):
                 io.Mask.Output(
                     display_name="masks",
                     is_output_list=True,
-                    tooltip="White where a picture is opaque. All white without transparency.",
+                    tooltip="White where the picture is opaque. All white if nothing is transparent.",
                 ),
                 io.String.Output(
                     display_name="captions",
                     is_output_list=True,
-                    tooltip="Text of NAME.txt beside NAME.png; empty where there is none.",
+                    tooltip="Text of NAME.txt next to NAME.png. Empty if there is no such file.",
                 ),
             ],
         )
@@ -82,7 +82,7 @@ def _folder(folder: str, path: str) -> Path:
         return input_folder(folder)
     chosen = Path(path.strip()).expanduser()
     if not chosen.is_absolute():
-        raise UserError(f"{path!r} is no full path: begin at the root, or use 'folder' for ComfyUI's input folder.")
+        raise UserError(f"{path!r} is not a full path: enter one, or use 'folder' for ComfyUI's input folder.")
     if not chosen.is_dir():
         raise UserError(f"The folder {chosen} does not exist: choose another one.")
     return chosen

@@ -1,4 +1,4 @@
-"""What the picture list in *Load Images* (web/load_images.js) asks the server."""
+"""Server routes for the picture list of *Load Images* (web/load_images.js)."""
 
 import asyncio
 from functools import lru_cache
@@ -12,27 +12,27 @@ from server import PromptServer
 from ..textual_inversion import UserError
 from ..textual_inversion.pictures import PictureInfo, caption_of, picture_files, picture_info, thumbnail
 
-THUMBNAIL = 192  # pixels a side: twice what a tile takes
+THUMBNAIL = 192  # pixels per side, twice the size of a tile for sharp displays
 
 
 def input_folder(name: str) -> Path:
-    """A folder below ComfyUI's input folder, by its path from there.
+    """A folder inside ComfyUI's input folder, by its relative path.
 
-    Raises UserError for one that is elsewhere, be it through a link, or nowhere.
+    Raises UserError if it does not exist, or if it or the target of a link is outside the input folder.
     """
     root = Path(folder_paths.get_input_directory())
     folder = root / name
     if not folder.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{name!r} leaves ComfyUI's input folder: use 'path' for other places.")
+        raise UserError(f"{name!r} is outside ComfyUI's input folder: use 'path' for other folders.")
     if not folder.is_dir():
         raise UserError(f"The folder {name!r} does not exist in ComfyUI's input folder: choose another one.")
     return folder
 
 
 def list_pictures(name: str) -> dict[str, Any]:
-    """The pictures of a folder below the input folder, by name, and every folder there is.
+    """The pictures of a folder inside the input folder, sorted by name, and the names of all such folders.
 
-    Pictures that are links to somewhere else are left out.  Raises UserError as `input_folder` and
+    Skips links to pictures outside the input folder.  Raises UserError as `input_folder` and
     `caption_of` do.
     """
     pictures = []
@@ -64,7 +64,7 @@ async def _thumbnail(request: web.Request) -> web.Response:
         picture = await asyncio.to_thread(thumbnail, file, THUMBNAIL)
     except UserError as error:
         return web.json_response({"error": str(error)}, status=404)
-    # The address changes with the file, so that a browser may keep it.
+    # The browser may cache it: the URL contains the modification time, so it changes with the file.
     return web.Response(body=picture, content_type="image/webp", headers={"Cache-Control": "private, max-age=86400"})
 
 
@@ -76,6 +76,6 @@ async def _answer(request: web.Request) -> web.Response:
 
 
 def add_picture_routes() -> None:
-    """Adds the listing and its thumbnails to ComfyUI's server."""
+    """Adds the routes of the list and its thumbnails to ComfyUI's server."""
     PromptServer.instance.routes.get("/textual_inversion/pictures")(_answer)
     PromptServer.instance.routes.get("/textual_inversion/thumbnail")(_thumbnail)

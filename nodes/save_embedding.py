@@ -13,30 +13,30 @@ class SaveEmbedding(io.ComfyNode):
             node_id="TI_SaveEmbedding",
             display_name="Save Embedding",
             category=CATEGORY,
-            description="Writes models/embeddings/NAME.safetensors; embedding:NAME then works in every prompt. "
-            "What was written is read back and compared.",
+            description="Saves models/embeddings/NAME.safetensors; embedding:NAME then works in every prompt. "
+            "The file is read back and checked.",
             search_aliases=["save textual inversion", "export embedding", "write embedding"],
             is_output_node=True,
             inputs=[
                 EmbeddingSocket.Input("embedding", tooltip="From Train Textual Inversion or Load Embedding."),
-                io.String.Input("name", default="", tooltip="Name of the file. Empty: the trigger word."),
+                io.String.Input("name", default="", tooltip="File name. Empty: the trigger word."),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Off: an existing NAME is kept, the new file becomes NAME-2. On: it is replaced, and "
-                    "prompts already encoded in this graph do not notice until they change.",
+                    tooltip="Off: keep an existing NAME and save the new file as NAME-2. On: replace it. Prompts that "
+                    "were already encoded in this workflow use the old file until you edit them.",
                 ),
                 io.Combo.Input(
                     "format",
                     options=list(formats.FORMATS),
                     optional=True,
-                    tooltip="comfyui: one safetensors file that A1111, Forge, kohya and InvokeAI read too. The others "
-                    "are for tools that want their own: a diffusers file (SDXL: two), A1111's pt, "
-                    "learned_embeds.bin, or a picture with the embedding inside.",
+                    tooltip="comfyui: one safetensors file, which A1111, Forge, kohya and InvokeAI also read. The "
+                    "others are for tools that need their own format: a diffusers file (SDXL: two), A1111's pt, "
+                    "learned_embeds.bin, or a picture that contains the embedding.",
                 ),
-                io.Image.Input("picture", optional=True, tooltip="What a png card shows: a preview, for one."),
+                io.Image.Input("picture", optional=True, tooltip="The picture of a PNG card, such as a preview."),
             ],
-            outputs=[io.String.Output(display_name="prompt", tooltip="embedding:NAME, to be put into any prompt.")],
+            outputs=[io.String.Output(display_name="prompt", tooltip="embedding:NAME, for use in any prompt.")],
         )
 
     @classmethod
@@ -45,7 +45,7 @@ class SaveEmbedding(io.ComfyNode):
         folder, suffix = embeddings_folder(), formats.FORMATS[format].suffix
         path = folder / f"{name}{suffix}" if overwrite else formats.free_path(folder, name, suffix)
         written = formats.write(embedding, path, format, None if picture is None else to_pillow(picture[-1]))
-        if len(written) > 1 or suffix == ".png":  # ComfyUI's own prompts read neither; Load Embedding does
+        if len(written) > 1 or suffix == ".png":  # embedding:NAME works with neither; Load Embedding reads them
             return io.NodeOutput("", ui=ui.PreviewText(" and ".join(file.name for file in written)))
         prompt = f"embedding:{path.stem}"
         return io.NodeOutput(prompt, ui=ui.PreviewText(prompt))

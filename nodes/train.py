@@ -1,5 +1,3 @@
-from dataclasses import fields
-
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -7,12 +5,14 @@ from torch import Tensor
 from ..textual_inversion import PreviewConfig, TrainConfig
 from ..textual_inversion.adapters.comfyui import ComfyModel
 from ..textual_inversion.dataset import make_dataset
+from ..textual_inversion.optimizers import check_settings
 from ..textual_inversion.prompts import check_trigger
 from ..textual_inversion.state import fingerprint
 from .files import base_model, workflow_id
 from .live import LiveRun
-from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, SettingsSocket, widget
-from .training_run import StateFile, TrainingRun
+from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, SettingsSocket, config_of, widget
+from .state_file import StateFile
+from .training_run import Request, learn
 
 
 class Train(io.ComfyNode):
@@ -34,22 +34,22 @@ class Train(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The diffusion model, with any LoRAs applied to it."),
+                io.Model.Input("model", tooltip="The diffusion model, with any LoRAs already applied."),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
-                io.Image.Input("images", tooltip="3 to 5 pictures of the thing, style or face, as a list or batch."),
+                io.Image.Input("images", tooltip="3 to 5 pictures of the object, style or face, as a list or batch."),
                 *[widget(name) for name in MAIN_FIELDS],
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="One a picture: white is learned, black is ignored. (Load Image's mask is the inverse.)",
+                    tooltip="One per picture: white is learned, black is ignored. (Masks of Load Image are inverted.)",
                 ),
                 io.String.Input(
                     "captions",
                     optional=True,
                     force_input=True,
-                    tooltip="One a picture, or one for all: what is to be seen besides the new word, which stands "
-                    "where {} or the trigger word is, else in front.",
+                    tooltip="One per picture, or one for all: what else the picture shows. Write {} or the trigger "
+                    "word where the new word belongs; otherwise it is put in front.",
                 ),
                 SettingsSocket.Input("settings", optional=True, tooltip="From Textual Inversion Settings."),
                 EmbeddingSocket.Input(
@@ -59,13 +59,15 @@ class Train(io.ComfyNode):
                 ),
             ],
             outputs=[
-                EmbeddingSocket.Output(display_name="embedding", tooltip="Connect to Save or Apply Embedding."),
+                EmbeddingSocket.Output(
+                    display_name="embedding", tooltip="Connect to Save Embedding or Apply Embedding."
+                ),
                 LossMapSocket.Output(
                     display_name="loss",
-                    tooltip="Loss before the first step, then of each step: for Plot Loss Graph.",
+                    tooltip="Loss before the first step, then of each step. Connect to Plot Loss Graph.",
                 ),
                 io.Image.Output(
-                    display_name="previews", tooltip="The preview pictures as a batch, the last at the end."
+                    display_name="previews", tooltip="All preview pictures as a batch; the last one shows the result."
                 ),
                 io.String.Output(display_name="report", tooltip="What was learned, in a few lines."),
             ],
@@ -77,28 +79,26 @@ class Train(io.ComfyNode):
         cls, model, clip, vae, images, masks=None, captions=None, settings=None, resume=None, **widgets
     ) -> io.NodeOutput:
         values = {name: value[0] for name, value in widgets.items()} | (settings or [{}])[0]
-        config, preview = _make(TrainConfig, values), _make(PreviewConfig, values)
+        config, preview = config_of(TrainConfig, values), config_of(PreviewConfig, values)
         check_trigger(config.trigger)
+        check_settings(config)
         pictures, masks, captions = _single(images), _single(masks or []), captions or []
-        earlier = resume[0] if resume else None
-        inputs = [*pictures, *masks, *(earlier.parameters() if earlier else ())]
+        given = resume[0] if resume else None
+        inputs = [*pictures, *masks, *(given.parameters() if given else ())]
         workflow, node = workflow_id(cls.hidden.extra_pnginfo), cls.hidden.unique_id
         file = StateFile.of(workflow, node, fingerprint(config, captions, inputs))
         # ComfyUI's inference tensors cannot be trained on.
         with LiveRun(workflow, node) as live, torch.inference_mode(False):
-            ours = ComfyModel(model[0], clip[0], vae[0], config.gradient_checkpointing)
-            dataset = make_dataset(ours.encode_images, pictures, masks, captions, config)
-            run = TrainingRun(config, preview, base_model(cls.hidden.prompt, node), live, file)
-            embedding, text = run.learn(ours, dataset, earlier)
-        shown = {"text": [text], "textual_inversion": [live.record.to_dict()]}
-        return io.NodeOutput(embedding, {"loss": run.losses}, torch.cat(run.pictures), text, ui=shown)
-
-
-def _make(config: type, values: dict):
-    """A settings object from the values that are its fields."""
-    return config(**{item.name: values[item.name] for item in fields(config) if item.name in values})
+            comfy_model = ComfyModel(model[0], clip[0], vae[0], config.gradient_checkpointing)
+            dataset = make_dataset(comfy_model.encode_images, pictures, masks, captions, config)
+            request = Request(config, preview, given, base_model(cls.hidden.prompt, node))
+            result = learn(comfy_model, dataset, request, live, file)
+        shown = {"text": [result.report], "textual_inversion": [live.record.to_dict()]}
+        return io.NodeOutput(
+            result.embedding, {"loss": result.losses}, torch.cat(result.pictures), result.report, ui=shown
+        )
 
 
 def _single(batches: list[Tensor]) -> list[Tensor]:
-    """A list of batches as a list of ordinary tensors with one picture or mask each."""
+    """Splits a list of batches into ordinary tensors with one picture or mask each."""
     return [row[None].clone() for batch in batches for row in (batch if batch.ndim > 2 else batch[None])]

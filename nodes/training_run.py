@@ -1,11 +1,9 @@
-"""One run of the Train node: it consumes the training loop, shows it, and never loses what was learned."""
+"""One run of the Train node: consumes the training loop, shows it, and never loses what was learned."""
 
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,180 +17,189 @@ from ..textual_inversion import (
     Step,
     TrainConfig,
     TrainingStopped,
-    __version__,
     formats,
     initial_embedding,
     train,
 )
 from ..textual_inversion.adapters.comfyui import ComfyModel
+from ..textual_inversion.adapters.protocol import DiffusionModel, TrainableModel
 from ..textual_inversion.dataset import Dataset
 from ..textual_inversion.initializer import with_initializer
-from ..textual_inversion.prompts import place_word
-from ..textual_inversion.report import report
-from ..textual_inversion.state import load_state, save_state
-from .files import embeddings_folder, states_folder, temporary_folder
+from ..textual_inversion.prompts import place_trigger
+from ..textual_inversion.report import learned_embedding, report
+from .files import embeddings_folder, temporary_folder
 from .live import LiveRun, thinned
+from .state_file import StateFile
 
-SAVE_EVERY = 10  # steps between writes of the state: a millisecond each
+SAVE_EVERY = 10  # steps between writes of the state, which take a millisecond each
 
 
 @dataclass(frozen=True)
-class StateFile:
-    """Where an unfinished run waits for the same graph to be run again."""
+class Request:
+    """What the node was asked to do."""
 
-    owner: str
-    """Of which node of which workflow it is; without a workflow, of these settings and pictures alone."""
-    fingerprint: str
+    config: TrainConfig
+    preview: PreviewConfig
+    given: Embedding | None
+    """An embedding to train further."""
+    base_model: str
+    """File name of the model, for the metadata."""
 
-    @classmethod
-    def of(cls, workflow: str, node: str, fingerprint: str) -> "StateFile":
-        owner = hashlib.sha256(f"{workflow} {node}".encode()).hexdigest() if workflow else fingerprint
-        return cls(owner[:12], fingerprint[:32])
 
-    def read(self) -> dict[str, Any] | None:
-        """What was saved with the same settings and pictures, by whatever node."""
-        return next(filter(None, map(load_state, states_folder().glob(f"*-{self.fingerprint}.state"))), None)
+@dataclass(frozen=True)
+class Result:
+    embedding: Embedding
+    report: str
+    losses: list[float]
+    """Before the first step, then of each step."""
+    pictures: list[Tensor]
+    """Previews, (1, H, W, 3) each, the last one of ``embedding``."""
 
-    def write(self, content: dict[str, Any]) -> None:
-        save_state(states_folder() / f"{self.owner}-{self.fingerprint}.state", content)
 
-    @property
-    def has_others(self) -> bool:
-        """Whether the node left a run with other settings or pictures unfinished."""
-        return any(states_folder().glob(f"{self.owner}-*.state"))
+def learn(model: ComfyModel, dataset: Dataset, request: Request, live: LiveRun, file: StateFile) -> Result:
+    """Trains, or resumes an unfinished run of the same settings and pictures."""
+    began, saved = time.perf_counter(), file.read()
+    with model.training() as trainable:
+        start, config = starting_point(trainable, dataset, request, saved, live)
+        run = TrainingRun(trainable, config, request, dataset.latents[0].shape, live, file)
+        steps = train(trainable, start.trainable(), dataset, config, saved and saved["training"])
+        last, ended = run.follow(steps, saved)
+        learned = run.write(last, formats.free_path(temporary_folder(), formats.file_name(config.trigger)))
+        live.tell("finishing", message=ended or live.record.message)
+        origin = "the given embedding" if request.given else repr(config.initializer)
+        text = report(trainable, dataset, config, start, last, origin, ended)
+    if not model.supports_embedding_files:
+        text += "\nembedding:NAME does not work with this text encoder: use Load Embedding and Apply Embedding."
+    run.draw(model, learned, last.number)
+    file.remove()
+    text += f"\n{time.perf_counter() - began:.0f} s, previews included."
+    return Result(learned, text, run.losses, run.pictures)
 
-    def remove(self) -> None:
-        for pattern in (f"*-{self.fingerprint}.state", f"{self.owner}-*.state"):
-            for path in states_folder().glob(pattern):
-                path.unlink(missing_ok=True)
+
+def starting_point(
+    model: TrainableModel, dataset: Dataset, request: Request, saved: dict[str, Any] | None, live: LiveRun
+) -> tuple[Embedding, TrainConfig]:
+    """The vectors to start from, and the config with what they settle: initializer and number of vectors."""
+    config, vocabularies = request.config, model.vocabularies()
+    if request.given is not None:
+        widths = {key: vocabulary.vectors.shape[1] for key, vocabulary in vocabularies.items()}
+        start = request.given.renamed(config.trigger).for_encoders(widths)
+        model.check_compatible(dataset.latents[0], config.trigger, start)
+        return start, replace(config, vectors=start.count)
+    start = initial_embedding(vocabularies, config.trigger, config.initializer, config.vectors)
+    model.check_compatible(dataset.latents[0], config.trigger, start)
+    if saved:
+        config = replace(config, initializer=saved["initializer"])
+    elif not config.initializer:
+        live.tell("searching", steps=config.steps)
+        config = with_initializer(model, dataset, config)
+    return initial_embedding(vocabularies, config.trigger, config.initializer, config.vectors), config
 
 
 @dataclass
 class TrainingRun:
-    """Progress, pictures, and files that outlive an interrupt or a crash."""
+    """Progress, previews, and files that outlive an interrupt or a crash."""
 
+    model: TrainableModel
     config: TrainConfig
-    preview: PreviewConfig
-    base_model: str
+    request: Request
+    shape: Sequence[int]
+    """Of the latents of a preview picture, (C, h, w)."""
     live: LiveRun
     file: StateFile
     losses: list[float] = field(default_factory=list)
     fixed: list[tuple[int, float]] = field(default_factory=list)
     pictures: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0
+    """Of one step, averaged."""
 
-    def learn(self, model: ComfyModel, dataset: Dataset, resume: Embedding | None) -> tuple[Embedding, str]:
-        """The learned embedding and a report; ``losses`` and ``pictures`` are filled on the way."""
-        started, saved = time.perf_counter(), self.file.read()
-        with model:
-            start = self._start(model, dataset, saved, resume)
-            config = self.config
-            embedding = start.trainable()
-            steps = train(model, embedding, dataset, config, saved and saved["training"])
-            step, ended = self._follow(steps, saved, model, embedding, dataset)
-            learned = self._keep(step, formats.free_path(temporary_folder(), formats.file_name(config.trigger)))
-            self.live.tell("finishing", message=ended or self.live.record.message)
-            origin = repr(config.initializer) if resume is None else "the embedding given"
-            text = report(model, dataset, config, start, step, origin, ended)
-        if not model.reads_files:
-            text += "\nComfyUI looks for no embedding:NAME with this text encoder: use Load and Apply Embedding."
-        self._draw(model, learned, dataset, step.number)
-        self.file.remove()
-        return learned, f"{text}\n{time.perf_counter() - started:.0f} s, previews included."
-
-    def _start(
-        self, model: ComfyModel, dataset: Dataset, saved: dict[str, Any] | None, resume: Embedding | None
-    ) -> Embedding:
-        """The vectors to begin with; what they settle is put into ``config``."""
-        known = model.vocabularies()
-        if resume is not None:
-            widths = {key: vocabulary.vectors.shape[1] for key, vocabulary in known.items()}
-            start = resume.renamed(self.config.trigger).fitted(widths)
-            self.config = replace(self.config, vectors=start.count)
-            model.check_fit(dataset.latents[0], start.trigger, start)
-            return start
-        config = self.config
-        neutral = initial_embedding(known, config.trigger, config.initializer, config.vectors)
-        model.check_fit(dataset.latents[0], config.trigger, neutral)
-        if saved:
-            self.config = replace(config, initializer=saved["initializer"])
-        elif not config.initializer:
-            self.live.tell("searching", steps=config.steps)
-            self.config = with_initializer(model, dataset, config)
-        return initial_embedding(known, config.trigger, self.config.initializer, config.vectors)
-
-    def _follow(
-        self,
-        steps: Iterator[Step],
-        saved: dict[str, Any] | None,
-        model: ComfyModel,
-        embedding: Embedding,
-        dataset: Dataset,
-    ) -> tuple[Step, str]:
-        """The last good step, and why it is the last where it was not the loop that ended."""
+    def follow(self, steps: Iterator[Step], saved: dict[str, Any] | None) -> tuple[Step, str]:
+        """The last good step, and why it is the last where the loop did not end by itself."""
         progress = comfy.utils.ProgressBar(self.config.steps)
-        step, seconds = next(steps), 0.0
-        self._begin(step, saved)
+        last = next(steps)
+        self.begin(last, saved)
         try:
-            while True:
-                if self._wants_picture(step):
-                    with model.paused():
-                        self._draw(model, embedding.snapshot(), dataset, step.number)
-                self._show(step, seconds)
-                if step.number and step.number % SAVE_EVERY == 0:
-                    self._save(step)
-                progress.update_absolute(step.number)  # it raises ComfyUI's interrupt
+            self.show(last, progress)
+            began = time.perf_counter()
+            for last in steps:
+                self.record(last, time.perf_counter() - began)
+                self.show(last, progress)  # raises ComfyUI's interrupt
                 if self.live.stop.is_set():
-                    return step, f"Stopped by hand: the vectors of step {step.best_number} are kept."
+                    return last, f"Stopped by hand: kept the vectors of step {last.best_step}."
                 began = time.perf_counter()
-                step = next(steps)
-                took = time.perf_counter() - began
-                seconds = 0.9 * seconds + 0.1 * took if seconds else took
-                self.losses.append(step.loss)
-                if step.fixed_loss is not None:
-                    self.fixed.append((step.number, step.fixed_loss))
-        except StopIteration:
-            return step, ""
+            return last, ""
         except TrainingStopped as error:
-            ended = f"{error} The vectors of step {step.best_number} are kept."
+            ended = f"{error} Kept the vectors of step {last.best_step}."
             logging.warning("Textual inversion: %s", ended)
-            return step, ended
-        except BaseException:  # ComfyUI's interrupt is no Exception
-            if step.number > 0:
-                self._save(step)
-                name = f"{formats.file_name(self.config.trigger)}-partial"
-                self._keep(step, formats.free_path(embeddings_folder(), name))
+            return last, ended
+        except BaseException:  # ComfyUI's interrupt is not an Exception
+            self.rescue(last)
             raise
 
-    def _begin(self, step: Step, saved: dict[str, Any] | None) -> None:
-        """Takes up what a saved run had shown, and says from where training goes."""
-        if saved and step.number:
-            self.losses = [*saved["losses"], step.loss][: step.number + 1]
+    def begin(self, first: Step, saved: dict[str, Any] | None) -> None:
+        """Takes over the curves of a saved run, and tells where training starts."""
+        message = ""
+        if saved and first.number:
+            self.losses = [*saved["losses"], first.loss][: first.number + 1]
             self.fixed = [(number, loss) for number, loss in saved["fixed"]]
-            if step.fixed_loss is not None:  # it was interrupted before it could measure
-                self.fixed.append((step.number, step.fixed_loss))
-            message = f"It went on from step {step.number} of a run that had not ended."
+            if first.fixed_loss is not None:  # the saved run was interrupted before its evaluation
+                self.fixed.append((first.number, first.fixed_loss))
+            message = f"Resumed the unfinished run at step {first.number}."
         else:
-            self.losses, self.fixed = [step.loss], [(0, step.loss)]
-            message = ""
+            self.losses, self.fixed = [first.loss], [(0, first.loss)]
             if saved or self.file.has_others:
-                changed = "the model has" if saved else "settings or pictures have"
-                message = f"It started anew, since {changed} changed after the run that had not ended."
+                changed = "the model" if saved else "settings or pictures"
+                message = f"Started over: {changed} changed since the unfinished run."
         self.live.tell("learning", message=message, steps=self.config.steps)
 
-    def _show(self, step: Step, seconds: float) -> None:
-        rate = self.config.batch_size * self.config.accumulation / seconds if seconds else 0.0
+    def record(self, step: Step, seconds: float) -> None:
+        self.seconds = 0.9 * self.seconds + 0.1 * seconds if self.seconds else seconds
+        self.losses.append(step.loss)
+        if step.fixed_loss is not None:
+            self.fixed.append((step.number, step.fixed_loss))
+
+    def show(self, step: Step, progress: comfy.utils.ProgressBar) -> None:
+        """A preview and the saved state where they are due, the panel, and ComfyUI's progress bar."""
+        if self.preview_is_due(step):
+            with self.model.paused() as model:
+                self.draw(model, step.state.tokens.concept.snapshot(), step.number)
+        self.tell(step)
+        if step.number and step.number % SAVE_EVERY == 0:
+            self.save(step)
+        progress.update_absolute(step.number)
+
+    def tell(self, step: Step) -> None:
+        """Sends everything about the run to the panel."""
         self.live.tell(
             "learning",
             step=step.number,
             learning_rate=step.learning_rate,
-            rate=rate,
-            seconds_left=(self.config.steps - step.number) * seconds if seconds else None,
-            best=step.best_number,
+            rate=self.config.batch_size * self.config.accumulation / self.seconds if self.seconds else 0.0,
+            seconds_left=(self.config.steps - step.number) * self.seconds if self.seconds else None,
+            best=step.best_step,
             losses=thinned(self.losses),
             fixed=self.fixed,
         )
 
-    def _save(self, step: Step) -> None:
+    def preview_is_due(self, step: Step) -> bool:
+        asked, every = self.live.preview.is_set(), self.request.preview.preview_every
+        self.live.preview.clear()
+        return asked or bool(every and step.number % every == 0)
+
+    def draw(self, model: DiffusionModel, embedding: Embedding, number: int) -> None:
+        """One preview picture of the vectors at step ``number``."""
+        preview = self.request.preview
+        prompt = place_trigger(preview.preview_prompt, self.config.trigger)
+        picture = model.generate(
+            prompt, embedding, self.shape, self.config.seed, preview.preview_steps, preview.preview_cfg
+        )
+        self.pictures.append(picture)
+        (file,) = ui.ImageSaveHelper.save_images(picture, "textual_inversion/preview", io.FolderType.temp, cls=None)
+        shown = [*self.live.record.pictures, {"step": number, **file}]
+        self.live.tell(self.live.record.state, pictures=shown)
+
+    def save(self, step: Step) -> None:
+        """Writes what is needed to resume."""
         self.file.write(
             {
                 "training": step.state.to_dict(),
@@ -202,31 +209,16 @@ class TrainingRun:
             }
         )
 
-    def _wants_picture(self, step: Step) -> bool:
-        asked = self.live.preview.is_set()
-        self.live.preview.clear()
-        return asked or bool(self.preview.preview_every and step.number % self.preview.preview_every == 0)
+    def rescue(self, last: Step) -> None:
+        """Keeps the state and the best vectors of a run that was cancelled or failed."""
+        if last.number > 0:
+            self.save(last)
+            name = f"{formats.file_name(self.config.trigger)}-partial"
+            self.write(last, formats.free_path(embeddings_folder(), name))
 
-    def _draw(self, model: ComfyModel, embedding: Embedding, dataset: Dataset, number: int) -> None:
-        """One preview picture of the vectors at step ``number``."""
-        preview, shape = self.preview, dataset.latents[0].shape
-        prompt = place_word(preview.preview_prompt, self.config.trigger)
-        picture = model.generate(prompt, embedding, shape, self.config.seed, preview.preview_steps, preview.preview_cfg)
-        self.pictures.append(picture)
-        (file,) = ui.ImageSaveHelper.save_images(picture, "textual_inversion/preview", io.FolderType.temp, cls=None)
-        shown = [*self.live.record.pictures, {"step": number, **file}]
-        self.live.tell(self.live.record.state, pictures=shown)
-
-    def _keep(self, step: Step, path: Path) -> Embedding:
-        """The best vectors so far with all that is known about them, written to disk."""
-        metadata = {
-            "base_model": self.base_model,
-            "steps": str(step.best_number),
-            "seed": str(self.config.seed),
-            "settings": json.dumps(asdict(self.config)),
-            "version": __version__,
-        }
-        embedding = Embedding(step.best.trigger, step.best.vectors, metadata)
+    def write(self, step: Step, path: Path) -> Embedding:
+        """The best vectors so far, written to ``path``."""
+        embedding = learned_embedding(step, self.config, self.request.base_model)
         formats.write(embedding, path)
         logging.info("Textual inversion: %s is in %s", self.config.trigger, path)
         return embedding

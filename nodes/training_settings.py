@@ -10,7 +10,7 @@ class TrainingSettings(io.ComfyNode):
             node_id="TI_TrainingSettings",
             display_name="Textual Inversion Settings",
             category=CATEGORY,
-            description="The settings of Train Textual Inversion that few people need to touch.",
+            description="Settings of Train Textual Inversion that rarely need to be changed.",
             search_aliases=[
                 "training settings",
                 "optimizer settings",

@@ -644,10 +644,10 @@ def moved(model: ComfyModel, count: int = 2) -> Embedding:
 
 def gradients(family: Family, graph, checkpointing: bool = False) -> tuple[list[torch.Tensor], Embedding, Batch]:
     """Of the loss of a fixed batch by the vectors of a word, with the two."""
-    config = TrainConfig(context_vectors=0, batch_size=2)
+    config = TrainConfig(per_image_tokens=0, batch_size=2)
     model = ComfyModel(*graph[:3], checkpointing)
     batch = fixed_batches(prepared(family, model, config), config)[0]
-    with model:
+    with model.training():
         word = moved(model)
         loss = batch_loss(model, [word], batch)
         return list(torch.autograd.grad(loss, list(word.parameters()))), word, batch
@@ -676,7 +676,7 @@ def agrees(graph, word: Embedding, batch: Batch, gradients: list[torch.Tensor]) 
     of four one has to agree.
     """
     model = ComfyModel(*graph[:3])
-    with model:
+    with model.training():
         loss = batch_loss(model, [word], batch).item()
         for vectors, gradient in zip(word.parameters(), gradients, strict=True):
             size = gradient.norm().item()

@@ -75,7 +75,7 @@ def main(times: int) -> None:
                 killed += 1
             found, message = learned(server)
             wrong += found != reference
-            print(f"{killed} kills, {wrong} wrong; the last before step {step}: {message or 'began anew'}", flush=True)
+            print(f"{killed} kills, {wrong} wrong; the last at step {step}: {message or 'started over'}", flush=True)
     sys.exit(wrong > 0)
 
 

@@ -5,9 +5,10 @@ import torch
 
 from textual_inversion import PreviewConfig, TrainConfig, UserError, initial_embedding
 from textual_inversion.adapters.comfyui import ComfyModel
-from textual_inversion.dataset import check_pictures, make_dataset
+from textual_inversion.dataset import Batch, check_pictures, make_dataset
 from textual_inversion.formats import file_name
-from textual_inversion.prompts import caption_prompt, check_trigger, training_prompts
+from textual_inversion.image_tokens import IMAGE_SLOT, IMAGE_TEMPLATES, image_trigger
+from textual_inversion.prompts import SLOT, TEMPLATES, caption_prompt, check_trigger, template_prompts
 
 PICTURE = torch.rand(1, 16, 16, 3)
 
@@ -21,7 +22,7 @@ def test_good_triggers(trigger):
     ("trigger", "message"),
     [
         ("", "is empty"),
-        ("x" * 300, "has 300 bytes"),
+        ("x" * 300, "is 300 bytes long"),
         ("a/b", "contains '/'"),
         ("..", "contains '.'"),
         ("a\\b", "slashes"),
@@ -91,12 +92,12 @@ def test_bad_preview_settings():
         PreviewConfig(preview_steps=0)
 
 
-def test_templates_must_hold_the_word():
-    with pytest.raises(UserError, match="has no place for the word"):
-        training_prompts("custom", "a sketch of {}\na sketch", "S*")
+def test_templates_must_contain_the_trigger_word():
+    with pytest.raises(UserError, match=r"does not contain \{\} or 'S\*'"):
+        template_prompts("custom", "a sketch of {}\na sketch", "S*")
     with pytest.raises(UserError, match="needs a template"):
-        training_prompts("custom", " \n", "S*")
-    assert training_prompts("custom", "a sketch of {}\n\nS* drawn", "S*") == ("a sketch of S*", "S* drawn")
+        template_prompts("custom", " \n", "S*")
+    assert template_prompts("custom", "a sketch of {}\n\nS* drawn", "S*") == ("a sketch of S*", "S* drawn")
 
 
 @pytest.mark.parametrize(
@@ -114,18 +115,18 @@ def test_captions_get_the_word(caption, kind, prompt):
 
 
 def test_word_of_the_vocabulary_is_refused(graph):
-    with ComfyModel(*graph) as model, pytest.raises(UserError, match="'cat' is a word the text encoder knows"):
+    with ComfyModel(*graph).training() as model, pytest.raises(UserError, match="already knows the word 'cat'"):
         initial_embedding(model.vocabularies(), "cat", "", 1)
 
 
 def test_initializer_without_a_token_is_refused(graph):
-    with ComfyModel(*graph) as model, pytest.raises(UserError, match="holds no word"):
+    with ComfyModel(*graph).training() as model, pytest.raises(UserError, match="contains no word"):
         initial_embedding(model.vocabularies(), "S*", " ", 1)
 
 
 def test_initializers(graph):
     """Fewer words than vectors are repeated, more are averaged, none is the mean of the vocabulary."""
-    with ComfyModel(*graph) as model:
+    with ComfyModel(*graph).training() as model:
         table = graph.clip.cond_stage_model.clip_l.transformer.get_input_embeddings().weight.float()
         one = initial_embedding(model.vocabularies(), "S*", "toy", 3).vectors["clip_l"]
         assert torch.equal(one[0], one[2])
@@ -138,7 +139,7 @@ def test_initializers(graph):
 
 
 def test_more_vectors_than_a_prompt_holds(graph):
-    with ComfyModel(*graph) as model:
+    with ComfyModel(*graph).training() as model:
         word = initial_embedding(model.vocabularies(), "S*", "toy", 72)
         model.check_prompts(["a photo of S*"], word)
         with pytest.raises(UserError, match="use fewer vectors or a shorter prompt"):
@@ -147,10 +148,10 @@ def test_more_vectors_than_a_prompt_holds(graph):
 
 def test_clip_of_another_model(checkpoints, load):
     small, other = load(checkpoints["SmallSD1"]), load(checkpoints["SmallSDXL"])
-    with ComfyModel(small.model, other.clip, small.vae) as model:
+    with ComfyModel(small.model, other.clip, small.vae).training() as model:
         word = initial_embedding(model.vocabularies(), "S*", "", 1)
         with pytest.raises(UserError, match="CLIP and MODEL do not belong together"):
-            model.check_fit(torch.zeros(4, 8, 8), "a photo of S*", word)
+            model.check_compatible(torch.zeros(4, 8, 8), "a photo of S*", word)
 
 
 def test_vae_of_another_model(graph, wide_vae):
@@ -167,3 +168,46 @@ def test_text_encoder_without_embeddings(graph):
     clip.tokenizer = Plain()
     with pytest.raises(UserError, match="takes no embeddings"):
         ComfyModel(graph.model, clip, graph.vae)
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_image_templates_are_the_templates_with_a_second_slot(kind):
+    """Prompts with and without a per-image token are drawn alike, and each slot is there once."""
+    assert len(IMAGE_TEMPLATES[kind]) == len(TEMPLATES[kind])
+    for plain, with_image in zip(TEMPLATES[kind], IMAGE_TEMPLATES[kind], strict=True):
+        assert (plain.count(SLOT), with_image.count(SLOT), with_image.count(IMAGE_SLOT)) == (1, 1, 1)
+        rest = with_image.replace(f" of {IMAGE_SLOT}", "").replace(f" on a {IMAGE_SLOT} background", "")
+        assert rest == plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "caption", "used"),
+    [
+        ({}, "", True),
+        ({}, "  ", True),
+        ({}, "on grass", False),
+        ({"per_image_tokens": 0}, "", False),
+        ({"kind": "style"}, "", True),
+        ({"kind": "custom", "template": "a painting inspired by {}"}, "", False),
+    ],
+)
+def test_only_pictures_without_captions_get_tokens_of_their_own(changes, caption, used):
+    config = TrainConfig(**changes)
+    dataset = make_dataset(lambda images: [torch.zeros(4, 2, 2) for _ in images], [PICTURE], [], [caption], config)
+    assert bool(dataset.image_triggers[0]) == used
+    assert all((image_trigger(0) in prompt) == used for prompt in dataset.prompts[0])
+    assert all(config.trigger in prompt for prompt in dataset.prompts[0])
+
+
+@pytest.mark.parametrize("index", [slice(1, 3), [2, 0], torch.tensor([True, False, True])])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_of_a_batch(index, masked):
+    numbers = torch.arange(3.0)
+    shaped = numbers.view(3, 1, 1, 1).expand(3, 1, 2, 2)
+    batch = Batch(shaped, shaped if masked else None, ["0", "1", "2"], shaped, numbers).rows(index)
+    chosen = numbers[index]
+    assert batch.prompts == [str(int(number)) for number in chosen]
+    assert torch.equal(batch.quantiles, chosen)
+    parts = [batch.latents, batch.noise, *([] if batch.masks is None else [batch.masks])]
+    assert len(parts) == 2 + masked
+    assert all(torch.equal(part[:, 0, 0, 0], chosen) for part in parts)

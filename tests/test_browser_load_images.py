@@ -187,18 +187,18 @@ def test_taken_names_and_captions(page, server):
     expect(tiles(page)).to_have_count(3)
     pick(page, files(c_jpg=picture("black"), c_txt=b"a black thing", b_txt=b"a red thing", notes_json=b"{}"))
     expect(tiles(page)).to_have_count(4)
-    expect(note(page)).to_have_text("Neither picture nor caption, left out: notes.json.")
+    expect(note(page)).to_have_text("Skipped, neither a picture nor a caption: notes.json.")
     folder = server.base / "input" / widget(page, "folder")
     captions = {file.name: file.read_text() for file in folder.glob("*.txt")}
     assert captions == {"c.txt": "a blue thing\n", "c (1).txt": "a black thing", "b.txt": "a red thing"}
 
     pick(page, files(c_txt=b"another", z_txt=b"nobody's"))
-    expect(note(page)).to_contain_text("c.txt is left out: the picture has another caption already.")
-    expect(note(page)).to_contain_text("z.txt is left out: there is no picture of that name.")
+    expect(note(page)).to_contain_text("Skipped c.txt: the picture already has another caption.")
+    expect(note(page)).to_contain_text("Skipped z.txt: there is no picture with that name.")
     assert {file.name: file.read_text() for file in folder.glob("*.txt")} == captions
 
     pick(page, files(broken_png=b"no picture"))
-    expect(note(page)).to_have_text("Added, but no picture that can be read: broken.png.")
+    expect(note(page)).to_have_text("Added, but cannot be read as a picture: broken.png.")
     expect(tiles(page)).to_have_count(4)
 
 
@@ -219,7 +219,7 @@ def test_other_places(page, tmp_path):
             text.connect(0, node, node.inputs.findIndex(input => input.name === "path"));
         }"""
     )
-    expect(page.locator(".ti-pictures-list")).to_contain_text("comes over a link")
+    expect(page.locator(".ti-pictures-list")).to_contain_text("comes from another node")
     page.evaluate("app.graph.remove(app.graph.nodes[1])")
     expect(tiles(page)).to_have_count(2)
     choose(page, "folder", "nowhere")
@@ -258,7 +258,7 @@ def test_failures_are_one_sentence(page):
     assert widget(page, "folder") == "."
     page.route("**/upload/image", lambda route: route.abort())
     pick(page, THREE)
-    expect(note(page)).to_have_text("ComfyUI does not answer: see whether it is still running.")
+    expect(note(page)).to_have_text("ComfyUI does not respond: check whether it is still running.")
     expect(page.get_by_role("button", name="Add pictures")).to_be_enabled()
 
 
@@ -291,7 +291,7 @@ def test_route_lists_what_the_node_loads(server):
         for outside in ("..", "listed/../..", "../output", "/", str(server.base / "output"), "out"):
             refused = server.http.get(server.url + ROUTE, params={"folder": outside}, timeout=10)
             assert refused.status_code == 400, outside
-            assert "leaves ComfyUI's input folder" in refused.json()["error"]
+            assert "is outside ComfyUI's input folder" in refused.json()["error"]
     finally:
         (server.base / "input/out").unlink()
         (server.base / "elsewhere.png").unlink()

@@ -145,7 +145,7 @@ def test_a_restart_of_the_server_ends_the_run_shown(page):
     panel.get_by_role("button", name="Preview now").click()
     expect(page.get_by_text("The run may have ended.")).to_be_visible()
     page.evaluate(send, ["reconnected", None])
-    expect(run(panel, "failed")).to_contain_text("Run the graph again")
+    expect(run(panel, "failed")).to_contain_text("Queue the workflow again")
 
 
 def test_the_panel_is_no_part_of_the_workflow(page):

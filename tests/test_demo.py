@@ -25,30 +25,30 @@ def test_learned_word_beats_every_word_of_the_vocabulary(bench, name):
 
 
 @pytest.mark.parametrize(("name", "share"), [("heart", 0.8), ("lagoon", 1.0)])
-def test_pictures_without_captions_need_context_words(bench, name, share):
-    """What each picture alone shows goes into its own throw-away word, or else into the word."""
+def test_pictures_without_captions_need_image_tokens(bench, name, share):
+    """What only one picture shows goes into its per-image token, or else into the embedding."""
     concept, losses = Concept.read(name), {}
-    for context_vectors in (0, 1):
+    for per_image_tokens in (0, 1):
         config = TrainConfig(
-            initializer=concept.initializer, kind=concept.kind, steps=80, context_vectors=context_vectors, patience=0
+            initializer=concept.initializer, kind=concept.kind, steps=80, per_image_tokens=per_image_tokens, patience=0
         )
         training = bench.dataset(concept, "train", config, with_captions=False)
         heldout = bench.dataset(concept, "heldout", config)
-        assert [bool(context) for context in training.contexts] == [context_vectors > 0] * len(training.latents)
-        with bench.model as model:
+        assert [bool(trigger) for trigger in training.image_triggers] == [per_image_tokens > 0] * len(training.latents)
+        with bench.model.training() as model:
             start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, 1)
             *_, last = train(model, start.trainable(), training, config)
-            losses[context_vectors] = bench.heldout_loss(heldout, last.best, config.trigger)
+            losses[per_image_tokens] = bench.heldout_loss(heldout, last.best, config.trigger)
     assert losses[1] < share * losses[0]
 
 
 def test_word_does_not_take_in_what_all_backgrounds_share(bench):
-    """With this seed it does where throw-away words learn each for itself, and explains less than the initializer."""
+    """Without shared updates this seed learns the backgrounds, and explains less than the initializer."""
     concept = Concept.read("star")
     config = TrainConfig(initializer=concept.initializer, seed=2, steps=60, patience=0)
     training = bench.dataset(concept, "train", config, with_captions=False)
     heldout = bench.dataset(concept, "heldout", config)
-    with bench.model as model:
+    with bench.model.training() as model:
         start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, 1)
         *_, last = train(model, start.trainable(), training, config)
         before, after = (bench.heldout_loss(heldout, word, config.trigger) for word in (start, last.best))
@@ -60,7 +60,7 @@ def test_best_word_is_better_than_most(bench):
     concept = Concept.read("moon")
     config = TrainConfig(kind=concept.kind)
     training, heldout = bench.dataset(concept, "train", config), bench.dataset(concept, "heldout", config)
-    with bench.model as model:
+    with bench.model.training() as model:
         found = with_initializer(model, training, config).initializer
         assert found in model.vocabularies()["clip_l"].words().values()
         word = initial_embedding(model.vocabularies(), config.trigger, found, 1)

@@ -198,7 +198,7 @@ def test_block_is_found_inserted_and_run(page):
     shown = page.get_by_role("textbox", name="preview_text")
     expect(shown).to_have_value(re.compile("embedding:block"))
     page.evaluate("app.canvas.setGraph(app.rootGraph)")
-    expect(shown).to_have_value(re.compile("Zorp: 1 vector.* starting at 'heart'"))
+    expect(shown).to_have_value(re.compile("Zorp: 1 vector.* initialized from 'heart'"))
 
 
 def overlaps(page: Page) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from families import FAMILIES, NAMED, Family, agrees, build, gradients, prepared
 from dev.in_process import ROOT
 from textual_inversion import Embedding, TrainConfig, formats, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel
-from textual_inversion.adapters.comfyui_words import embedding_keys, reads_files, with_words
+from textual_inversion.adapters.comfyui_tokens import embedding_keys, supports_embedding_files, with_embeddings
 from textual_inversion.initializer import with_initializer
 
 DOCS = ROOT / "docs/models.md"
@@ -64,10 +64,10 @@ def test_checkpointing(family, graph):
 def test_training(family, graph):
     """20 steps on one picture lower the loss on fixed noise; MODEL, CLIP and VAE are bit for bit what they were."""
     before = weights_hash(graph[0].model, graph[1].cond_stage_model, graph[2].first_stage_model)
-    config = TrainConfig(initializer="toy", steps=20, batch_size=1, learning_rate=0.05, context_vectors=0)
+    config = TrainConfig(initializer="toy", steps=20, batch_size=1, learning_rate=0.05, per_image_tokens=0)
     model = ComfyModel(*graph[:3])
     dataset = prepared(family, model, config, 1)
-    with model:
+    with model.training():
         word = initial_embedding(model.vocabularies(), config.trigger, config.initializer, 1)
         steps = list(train(model, word.trainable(), dataset, config))
     assert steps[-1].best_loss < steps[0].best_loss
@@ -81,14 +81,14 @@ def test_initializer_is_found_in_every_kind_of_vocabulary(name):
     """CLIP's, T5's, a byte-level one and sentencepiece's: a word of it, and learning starts at it."""
     family = NAMED[name]
     model = ComfyModel(*build(family))
-    config = TrainConfig(batch_size=2, context_vectors=0)
+    config = TrainConfig(batch_size=2, per_image_tokens=0)
     dataset = prepared(family, model, config, 1)
-    with model:
+    with model.training():
         word = with_initializer(model, dataset, config).initializer
         known = model.vocabularies()
         assert any(word in vocabulary.words().values() for vocabulary in known.values())
         for key, rows in initial_embedding(known, "S*", word, 1).vectors.items():
-            assert known[key].nearest(rows[0], 1)[0][1] > 0.5
+            assert known[key].nearest(rows, 1)[0][0][1] > 0.5
 
 
 def test_sampling(family, graph):
@@ -110,7 +110,7 @@ def test_sampling(family, graph):
         drawn = sampler.generate("a photo of S*", word, shape, 0, 2, 1.0)  # at scale 1 the prompt alone
     assert drawn.shape == (1, family.size, family.size, 3)
     assert torch.isfinite(drawn).all()
-    with torch.inference_mode(False), model, torch.no_grad():
+    with torch.inference_mode(False), model.training(), torch.no_grad():
         for latents, sigmas, sampled in seen:
             # Encoded together with others, of the same length and another.
             conditioning = model.encode_prompts(["S*", "a photo of S*", "a photo of a S* at night"], word)[1:2]
@@ -127,9 +127,9 @@ def test_file(family, graph):
     word = Embedding("S*", {key: torch.randn(2, width, generator=generator) for key, width in keys.items()})
     formats.write(word, folder / "same.safetensors")
     again = formats.read(folder / "same.safetensors").renamed("S*")
-    assert list(again.fitted(keys).vectors) == list(word.vectors)
-    ours = with_words(clip, again)
-    assert reads_files(clip) or not family.stock
+    assert list(again.for_encoders(keys).vectors) == list(word.vectors)
+    ours = with_embeddings(clip, again)
+    assert supports_embedding_files(clip) or not family.stock
     for prompt in PROMPTS:
         applied = encoded(ours, prompt.replace("{}", "S*"))
         assert not same(applied, encoded(clip, prompt.replace("{}", "S*")))

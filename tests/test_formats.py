@@ -117,7 +117,7 @@ def test_file_of(name, count, tmp_path):
     written = vectors(encoders, count)
     path = tmp_path / f"word{suffix}"
     write(path, written)
-    found = formats.read(path).fitted(encoders)
+    found = formats.read(path).for_encoders(encoders)
     assert found.trigger in ("word", "<word>")
     assert found.vectors.keys() == encoders.keys()
     for key in encoders:
@@ -129,7 +129,7 @@ def test_one_dimensional_vector_of_the_concepts_library(tmp_path):
     torch.save({"<word>": written["clip_l"][0]}, tmp_path / "learned_embeds.bin")
     found = formats.read(tmp_path / "learned_embeds.bin")
     assert found.trigger == "<word>"
-    assert torch.equal(found.fitted(SD1).vectors["clip_l"], written["clip_l"])
+    assert torch.equal(found.for_encoders(SD1).vectors["clip_l"], written["clip_l"])
 
 
 def test_pair_of_files_for_sdxl(tmp_path):
@@ -138,11 +138,11 @@ def test_pair_of_files_for_sdxl(tmp_path):
     for path, tensor in zip(paths, written.values(), strict=True):
         save_file({"<word>": tensor}, path)
     for order in (paths, paths[::-1]):
-        found = formats.read_pair(*order).fitted(SDXL)
+        found = formats.read_pair(*order).for_encoders(SDXL)
         assert found.trigger == "<word>"
         assert all(torch.equal(found.vectors[key], written[key]) for key in SDXL)
     with pytest.raises(UserError, match=r"it has <word> \(768\), the model takes clip_l \(768\), clip_g \(1280\)"):
-        formats.read(paths[0]).fitted(SDXL)
+        formats.read(paths[0]).for_encoders(SDXL)
 
 
 def test_vectors_behind_the_encoder_are_named_and_left_out(tmp_path):
@@ -161,20 +161,20 @@ def test_words_bundled_in_a_lora_among_its_weights(tmp_path):
     save_file({**words, **{f"lora_{n}.weight": torch.zeros(4, 4, 3, 3) for n in range(30)}}, path)
     assert formats.read(path, "dog").trigger == "dog"
     assert formats.read(path, "dog").vectors["clip_l"].eq(1).all()
-    with pytest.raises(UserError, match="holds the words cat, dog: choose one"):
+    with pytest.raises(UserError, match="contains the embeddings cat, dog: choose one"):
         formats.read(path)
 
 
 def test_vectors_go_to_an_encoder_only_where_one_fits(tmp_path):
     t5 = Embedding("w", {"t5xxl": torch.ones(1, 4096)})
     with pytest.raises(UserError, match=r"has t5xxl \(4096\), the model takes llama \(4096\)"):
-        t5.fitted({"llama": 4096})
-    nameless = Embedding("w", {"emb_params": torch.ones(1, 4096)})
-    assert nameless.fitted({"t5xxl": 4096}).vectors.keys() == {"t5xxl"}
+        t5.for_encoders({"llama": 4096})
+    nameless = Embedding("w", {"emb_params": torch.ones(1, 4096)}, unnamed=frozenset({"emb_params"}))
+    assert nameless.for_encoders({"t5xxl": 4096}).vectors.keys() == {"t5xxl"}
     with pytest.raises(UserError, match="another model"):
-        nameless.fitted({"t5xxl": 4096, "llama": 4096})
+        nameless.for_encoders({"t5xxl": 4096, "llama": 4096})
     with pytest.raises(UserError, match="another model"):
-        Embedding("w", {"clip_l": torch.ones(1, 96)}).fitted(SD1)
+        Embedding("w", {"clip_l": torch.ones(1, 96)}).for_encoders(SD1)
 
 
 def test_vectors_of_every_float_type_become_float32(tmp_path):
@@ -197,7 +197,7 @@ def test_round_trip(format, encoders, count, tmp_path):
     word = Embedding("<word>", vectors(encoders, count), {"steps": "7", "base_model": "model"})
     path = formats.free_path(tmp_path, "word", formats.FORMATS[format].suffix)
     if format == "concepts-library" and len(encoders) > 1:
-        with pytest.raises(UserError, match="one text encoder; this word has"):
+        with pytest.raises(UserError, match="one text encoder; this embedding has"):
             formats.write(word, path, format)
         assert not list(tmp_path.iterdir())
         return
@@ -205,7 +205,7 @@ def test_round_trip(format, encoders, count, tmp_path):
     again = formats.read_pair(*written) if len(written) == 2 else formats.read(*written)
     assert len(written) == (2 if format == "diffusers" and encoders == SDXL else 1)
     assert again.trigger == ("word" if format == "diffusers" and "t5xxl" in encoders else "<word>")
-    for key, tensor in again.fitted(encoders).vectors.items():
+    for key, tensor in again.for_encoders(encoders).vectors.items():
         assert torch.equal(tensor, word.vectors[key])
     assert sorted(tmp_path.iterdir()) == sorted(written)
 
@@ -258,11 +258,85 @@ def test_card_shows_the_picture(tmp_path, embedding):
 
 
 def test_names_of_encoders_are_found_when_other_files_are_converted(tmp_path):
-    nameless = Embedding("w", {"<w>": torch.ones(1, 768), "<w> of w_2.safetensors": torch.ones(1, 1280)})
+    for number, width in (("", 768), ("_2", 1280)):
+        save_file({"<w>": torch.ones(1, width)}, tmp_path / f"pair{number}.safetensors")
+    nameless = formats.read_pair(tmp_path / "pair.safetensors", tmp_path / "pair_2.safetensors")
+    assert nameless.unnamed == nameless.vectors.keys() == {"<w>", "<w> of pair_2.safetensors"}
     (path,) = formats.write(nameless, tmp_path / "w.safetensors")
     assert set(load_file(path)) == {"clip_l", "clip_g"}
+
+
+# Keys ----------------------------------------------------------------------------------------------
+
+# Text encoders that hold embeddings for another model than their width would say, or for none.
+OTHER_ENCODERS = ["gemma4", "t5base", "umt5base", "t5gemma", "byt5_small", "gpt_oss", "hidream_o1", "lyrics"]
+OTHER_ENCODERS += ["sam3_clip", "qwen35_08b", "qwen3vl_4b"]
+NAMELESS = ["*", "emb_params", "emp_params", "string_to_param.*", "<word>", "my style"]
+
+
+@pytest.mark.parametrize("width", [768, 1024, 1280, 1472, 2560])
+@pytest.mark.parametrize("key", OTHER_ENCODERS)
+def test_key_of_an_encoder_is_kept_whatever_its_width(tmp_path, key, width):
+    rows = vectors({key: width})
+    save_file(rows, tmp_path / "word.safetensors")
+    found = formats.read(tmp_path / "word.safetensors")
+    assert found.trigger == "word"
+    assert not found.unnamed
+    (path,) = formats.write(found, tmp_path / "again.safetensors")
+    assert load_file(path).keys() == {key}
+    again = formats.read(path)
+    assert again.trigger == "word"
+    assert torch.equal(again.for_encoders({key: width}).vectors[key], rows[key])
+    with pytest.raises(UserError, match="another model"):
+        again.for_encoders({"clip_l": width})
+
+
+@pytest.mark.parametrize(("width", "usual"), [(768, "clip_l"), (1024, "clip_h"), (1280, "clip_g"), (2560, None)])
+@pytest.mark.parametrize("key", NAMELESS)
+def test_key_that_says_nothing_is_settled_by_the_model_or_the_usual_width(tmp_path, key, width, usual):
+    rows = vectors({key: width})
+    save_file(rows, tmp_path / "word.safetensors")
+    found = formats.read(tmp_path / "word.safetensors")
+    assert found.trigger == (key if key in ("<word>", "my style") else "word")
+    assert found.unnamed == {key}
+    assert torch.equal(found.for_encoders({"t5base": width}).vectors["t5base"], rows[key])
+    (path,) = formats.write(found, tmp_path / "again.safetensors")
+    assert load_file(path).keys() == {usual or key}
+    again = formats.read(path)
+    assert again.trigger == found.trigger
+    assert again.unnamed == (set() if usual else {key})
+    assert torch.equal(again.vectors[usual or key], rows[key])
+
+
+def test_two_keys_that_say_nothing(tmp_path):
+    path = tmp_path / "word.safetensors"
+    save_file({"a": torch.ones(1, 768), "b": torch.ones(1, 1280)}, path)
+    found = formats.read(path)
+    assert found.unnamed == {"a", "b"}
+    assert found.for_encoders(SDXL).vectors.keys() == SDXL.keys()
+    (written,) = formats.write(found, tmp_path / "again.safetensors")
+    assert load_file(written).keys() == SDXL.keys()
+    save_file({"a": torch.ones(1, 2304), "b": torch.ones(1, 3584)}, path)
+    (written,) = formats.write(formats.read(path), tmp_path / "again.safetensors")
+    assert formats.read(written).unnamed == {"a", "b"}
+    save_file({"a": torch.ones(1, 768), "b": torch.ones(1, 768)}, path)
     with pytest.raises(UserError, match="two sets of vectors for clip_l"):
-        formats.write(Embedding("w", {"a": torch.ones(1, 768), "b": torch.ones(1, 768)}), tmp_path / "w.safetensors")
+        formats.write(formats.read(path), tmp_path / "w.safetensors")
+    save_file({"clip_l": torch.ones(1, 768), "b": torch.ones(1, 768)}, path)
+    with pytest.raises(UserError, match="two sets of vectors for clip_l"):
+        formats.write(formats.read(path), tmp_path / "w.safetensors")
+
+
+def test_encoders_of_a_newer_comfyui_can_be_named(tmp_path):
+    save_file({"newest": torch.ones(1, 768)}, tmp_path / "word.safetensors")
+    assert formats.read(tmp_path / "word.safetensors").trigger == "newest"
+    found = formats.read(tmp_path / "word.safetensors", encoders=("clip_l", "newest"))
+    assert found.trigger == "word"
+    (path,) = formats.write(found, tmp_path / "again.safetensors")
+    assert load_file(path).keys() == {"newest"}
+
+
+# What is written, and how --------------------------------------------------------------------------
 
 
 def test_name_that_exists_gets_a_number(tmp_path, embedding):
@@ -303,11 +377,11 @@ def test_write_that_reads_back_differently_is_an_error(tmp_path, embedding, monk
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"weight": torch.zeros(4, 4, 3, 3)}, r"no embedding: weight has shape \(4, 4, 3, 3\)"),
-        ({"ids": torch.zeros(3, dtype=torch.int64)}, "no embedding: ids"),
-        ({"clip_l": torch.full((1, 768), float("nan"))}, "holds NaN"),
-        ({"matrix": torch.zeros(2000, 768)}, r"no embedding: matrix has shape \(2000, 768\)"),
-        ({f"layer{n}": torch.zeros(8) for n in range(40)}, "no embedding: it holds 40 tensors"),
+        ({"weight": torch.zeros(4, 4, 3, 3)}, r"not an embedding: weight has shape \(4, 4, 3, 3\)"),
+        ({"ids": torch.zeros(3, dtype=torch.int64)}, "not an embedding: ids"),
+        ({"clip_l": torch.full((1, 768), float("nan"))}, "contains NaN"),
+        ({"matrix": torch.zeros(2000, 768)}, r"not an embedding: matrix has shape \(2000, 768\)"),
+        ({f"layer{n}": torch.zeros(8) for n in range(40)}, "not an embedding: it contains 40 tensors"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -323,7 +397,7 @@ def test_other_files_are_refused(tmp_path, tensors, message, suffix):
     [
         (b"\xff" * 100, "cannot be read as an embedding"),
         (b"", "cannot be read as an embedding"),
-        (b"\x80\x02" + b"\xff" * 50, "broken, or holds more than numbers"),
+        (b"\x80\x02" + b"\xff" * 50, "broken, or contains more than numbers"),
         (b"PK\x03\x04" + b"\xff" * 50, "cannot be read as an embedding"),
         (b"\x89PNG" + b"\xff" * 50, "cannot be read as an embedding"),
     ],
@@ -343,5 +417,5 @@ def test_ordinary_picture_is_refused(tmp_path):
 def test_pickled_rubbish_is_refused(tmp_path):
     for content in ([1, 2], {"a": "b"}, {"string_to_param": 3}, OrderedDict()):
         torch.save(content, tmp_path / "rubbish.pt")
-        with pytest.raises(UserError, match="no embedding"):
+        with pytest.raises(UserError, match="not an embedding"):
             formats.read(tmp_path / "rubbish.pt")

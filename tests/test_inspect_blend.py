@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from ti_pack.nodes.embedding_chart import BAR, HEADING, MARGIN, MOST_ROWS, ROW, TITLE, UNUSUAL, USUAL, WIDTH, chart
 
 from textual_inversion import Embedding, UserError
-from textual_inversion.adapters.comfyui_words import embedding_keys, vocabularies
+from textual_inversion.adapters.comfyui_tokens import embedding_keys, vocabularies
 from textual_inversion.blend import blend, chosen, slerp, take
 from textual_inversion.inspection import Vectors, describe, inspect
 
@@ -72,7 +72,7 @@ def test_slerp_is_exact_between_almost_equal_vectors():
 def test_slerp_refuses_opposite_and_zero_vectors(other):
     factors = torch.tensor([[1.0], [other], [1.0]])
     b = Embedding("T*", {key: rows * factors for key, rows in A.vectors.items()})
-    with pytest.raises(UserError, match="the vectors 2 of a and b, which are opposite or zero: use weighted sum"):
+    with pytest.raises(UserError, match="vector 2 of a and of b, because they are opposite or zero: use weighted sum"):
         blend(A, b, "slerp", 0.5)
 
 
@@ -103,9 +103,9 @@ def test_chosen_vectors(text, rows):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("two", "'two' is no number of a vector"),
-        ("1,,2", "'' is no number"),
-        ("0", "there is no '0', the vectors are numbered from 1 to 5"),
+        ("two", "'two' is not a vector number"),
+        ("1,,2", "'' is not a vector number"),
+        ("0", "there is no '0'; the vectors are numbered from 1 to 5"),
         ("4-6", "there is no '4-6'"),
         ("3-1", "there is no '3-1'"),
         ("-1-5", "leaves no vector"),
@@ -168,10 +168,10 @@ def test_a_words_own_vector_is_nearest_to_the_word(graph):
         lengths = np.linalg.norm(list(words.values()), axis=1)
         np.testing.assert_allclose(part.usual, np.percentile(lengths, [5, 50, 95]), rtol=1e-5)
         assert part.lengths[0] == pytest.approx(2 * np.linalg.norm(words["toy"]), rel=1e-5)
-        assert known[part.key].nearest(vectors[part.key][0], 5)[0][0] == "toy"
+        assert known[part.key].nearest(vectors[part.key], 5)[0][0][0] == "toy"
 
 
-def test_text_without_and_with_words(graph):
+def test_text_without_and_with_embeddings(graph):
     known = vocabularies(graph.clip)
     word = Embedding("S*", {"clip_l": torch.full((2, 32), 0.5)}, {"steps": "300", "captions": "x" * 5000})
     text = describe(word, inspect(word, {}))
@@ -179,7 +179,7 @@ def test_text_without_and_with_words(graph):
     assert text.splitlines()[3:] == ["clip_l: 2 x 32", "  1: length 2.828", "  2: length 2.828"]
     assert len(text) < 1500
     text = describe(word, inspect(word, known))
-    assert "; words are " in text
+    assert "; ordinary words: " in text
     assert text.splitlines()[-1].startswith("  2: length 2.828; nearest: ")
 
 
@@ -296,7 +296,7 @@ def test_inspect_in_a_graph(server, files, model, file, count):
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [
-        ({"bad": blend_node(a=["a", 0])}, "Connect b, or write which vectors of a to keep."),
+        ({"bad": blend_node(a=["a", 0])}, "Connect b, or enter which vectors of a to keep, or a new trigger word."),
         ({"bad": blend_node(a=["a", 0], b=["small", 0])}, "made for different models"),
         ({"bad": blend_node(a=["a", 0], vectors="3")}, "numbered from 1 to 2"),
         ({"bad": blend_node(a=["a", 0], trigger="a/b")}, "contains '/'"),

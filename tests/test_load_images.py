@@ -148,15 +148,15 @@ def test_picture_info_agrees_with_what_is_loaded(tmp_path):
 
 
 def test_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="There is no picture in"):
+    with pytest.raises(UserError, match="There are no pictures in"):
         load_folder(tmp_path, 0, False)
 
 
 def test_folder_must_exist_and_stay_inside(tmp_path):
     for folder, path, message in (
         ("nowhere", "", "does not exist"),
-        ("../..", "", "leaves ComfyUI's input folder"),
-        (".", "relative/place", "is no full path"),
+        ("../..", "", "is outside ComfyUI's input folder"),
+        (".", "relative/place", "is not a full path"),
     ):
         with pytest.raises(UserError, match=message):
             LoadImages.execute(folder, path, "square", 64)

@@ -29,14 +29,17 @@ def inputs_of(node: dict) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def english(schemas) -> dict[str, str]:
-    """All that a node says in its schema, with keys as ``texts`` makes them."""
+    """All texts in the schemas of the nodes, by the keys of ``texts``."""
     nodes = {}
     for name, node in schemas.items():
         outputs = zip(node["output_name"], node["output_tooltips"], strict=True)
         nodes[name] = {
             "display_name": node["display_name"],
             "description": node["description"],
-            "inputs": {key: {"name": key, "tooltip": options["tooltip"]} for key, options in inputs_of(node).items()},
+            "inputs": {
+                key: {"name": options.get("display_name", key), "tooltip": options["tooltip"]}
+                for key, options in inputs_of(node).items()
+            },
             "outputs": {str(i): {"name": key, "tooltip": tooltip} for i, (key, tooltip) in enumerate(outputs)},
         }
     return texts(nodes)
@@ -94,7 +97,7 @@ def test_choices_keep_their_names(language, english, schemas):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_nodes_are_called_what_they_are_called(language, english):
+def test_texts_use_the_translated_names_of_nodes(language, english):
     translated = read(language)
     names = {english[key]: translated[key] for key in english if key.endswith(".display_name")}
     assert len(set(names.values())) == len(names), "two nodes with one name"

@@ -17,13 +17,13 @@ from textual_inversion.report import report
 
 FLUX = NAMED["Flux.1 dev"]
 SD1 = NAMED["SD1"]
-CONFIG = TrainConfig(initializer="toy", steps=4, batch_size=2, context_vectors=0)
+CONFIG = TrainConfig(initializer="toy", steps=4, batch_size=2, per_image_tokens=0)
 
 
 def learn(family, graph, config=CONFIG):
     model = ComfyModel(*graph)
     dataset = prepared(family, model, config)
-    with model:
+    with model.training():
         start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, 1)
         steps = list(train(model, start.trainable(), dataset, config))
         return model, steps, report(model, dataset, config, start, steps[-1], "'toy'")
@@ -55,7 +55,7 @@ def attention_calls(graph) -> list[int]:
     model.set_model_attn2_patch(patch)
     ours = ComfyModel(model, *graph[1:])
     dataset = prepared(SD1, ours, CONFIG)
-    with ours:
+    with ours.training():
         start = initial_embedding(ours.vocabularies(), CONFIG.trigger, CONFIG.initializer, 1)
         return [count[0] for _ in train(ours, start.trainable(), dataset, CONFIG)]
 
@@ -71,31 +71,27 @@ def calls(graph):
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_out_of_memory_is_tried_again_recomputing(graph, calls, step):
+def test_out_of_memory_is_retried_with_checkpointing(graph, calls, step):
     plain = learn(SD1, graph)[1][-1]
     model, steps, _ = learn(SD1, runs_out(graph, {calls[step - 1]}))
-    assert not model.recompute()  # it does already
+    assert not model.enable_gradient_checkpointing()  # it does already
     assert [step.number for step in steps] == list(range(CONFIG.steps + 1))
     torch.testing.assert_close(steps[-1].best.vectors, plain.best.vectors, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("step", "error"), [(1, TrainingError), (3, TrainingStopped)])
 def test_out_of_memory_for_good_says_what_to_do(graph, calls, step, error):
-    with pytest.raises(error, match=rf"Out of memory at step {step}.*make size smaller.*accumulation"):
+    with pytest.raises(
+        error, match=rf"Out of memory at step {step}.*even with gradient checkpointing.*Reduce size.*accumulation"
+    ):
         learn(SD1, runs_out(graph, range(calls[step - 1], 10**9)))
 
 
 def kept(family, graph, rows: int, checkpointing: bool = False) -> int:
     model = ComfyModel(*graph, checkpointing)
     batch = fixed_batches(prepared(family, model, CONFIG), CONFIG)[0]
-    batch = replace(
-        batch,
-        latents=batch.latents[:1].expand(rows, *batch.latents.shape[1:]),
-        noise=batch.noise[:1].expand(rows, *batch.noise.shape[1:]),
-        prompts=batch.prompts[:1] * rows,
-        quantiles=batch.quantiles[:1].expand(rows),
-    )
-    with model:
+    batch = batch.rows([0] * rows)
+    with model.training():
         word = initial_embedding(model.vocabularies(), "S*", "toy", 1).trainable()
         return kept_bytes(lambda: batch_loss(model, [word], batch), model.weights())
 
@@ -128,11 +124,11 @@ def test_estimate_leaves_nothing_behind():
     assert made[0]() is None
 
 
-@pytest.mark.parametrize(("free", "recomputes"), [(2**40, False), (1000, True)])
-def test_little_memory_recomputes_from_the_first_step(graph, monkeypatch, free, recomputes):
+@pytest.mark.parametrize(("free", "checkpointed"), [(2**40, False), (1000, True)])
+def test_little_memory_means_checkpointing_from_the_first_step(graph, monkeypatch, free, checkpointed):
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_args, **_options: free)
     model, _, _ = learn(SD1, graph)
-    assert model.recompute() != recomputes
+    assert model.enable_gradient_checkpointing() != checkpointed
 
 
 def test_a_model_that_is_not_wholly_loaded_is_refused(graph, monkeypatch):
@@ -140,7 +136,10 @@ def test_a_model_that_is_not_wholly_loaded_is_refused(graph, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda _device: False)
     monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
     comfy.model_management.unload_all_models()
-    with pytest.raises(UserError, match=r"keeps the whole MODEL and CLIP on cpu.*without --novram"), ComfyModel(*graph):
+    with (
+        pytest.raises(UserError, match=r"MODEL and CLIP must fit on cpu completely.*without --novram"),
+        ComfyModel(*graph).training(),
+    ):
         pass
     monkeypatch.undo()
     comfy.model_management.unload_all_models()
@@ -153,4 +152,4 @@ def test_an_encoder_that_the_model_ignores_keeps_its_vectors():
     _, steps, text = learn(family, build(family))
     moved = {key: not torch.equal(rows, steps[0].best.vectors[key]) for key, rows in steps[-1].best.vectors.items()}
     assert moved == {"clip_l": False, "t5xxl": True}
-    assert "clip_l changes nothing in this model's pictures: its vectors are those of 'toy'." in text
+    assert "clip_l has no influence on this model's pictures: its vectors are still those of 'toy'." in text

@@ -1,14 +1,18 @@
 """How vectors move, what is kept of them, and when it ends."""
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from textual_inversion import Embedding, TrainConfig, initial_embedding, train
+from textual_inversion import Embedding, TrainConfig, UserError, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.config import OptimizerName
 from textual_inversion.dataset import make_dataset
-from textual_inversion.optimizers import Sphere
-from textual_inversion.training import follow
+from textual_inversion.image_tokens import TrainedTokens
+from textual_inversion.optimizers import OPTIMIZERS, Sphere, check_settings, learning_rate, make_optimizer
+from textual_inversion.training import update_ema
 from textual_inversion.vocabulary import Vocabulary, word_of
 
 WIDTH = 48
@@ -52,19 +56,19 @@ def test_sphere_step_is_riemannian_descent():
     assert angle.item() == pytest.approx(torch.arctan(torch.tensor(0.2)).item(), rel=1e-4)
 
 
-def test_sphere_pulls_towards_the_start():
-    loose, pulled = (F.cosine_similarity(*turned(100, lr=0.1, pull=pull)[::-1]) for pull in (0.0, 0.5))
-    assert (pulled > loose + 0.1).all()
+def test_sphere_anchors_vectors_to_the_start():
+    loose, anchored = (F.cosine_similarity(*turned(100, lr=0.1, anchor_strength=s)[::-1]) for s in (0.0, 0.5))
+    assert (anchored > loose + 0.1).all()
 
 
-def test_a_group_turns_together():
+def test_a_group_shares_updates():
     """Each takes its own turn and twice the mean of all; one without a gradient takes that alone."""
     start = torch.eye(WIDTH)[:3].unsqueeze(1)  # three matrices of one vector, at right angles
     vectors = [row.clone().requires_grad_() for row in start]
     own = [torch.eye(WIDTH)[10:11], torch.eye(WIDTH)[11:12]]  # tangents of all three
     for matrix, turn in zip(vectors, own, strict=False):
         matrix.grad = -5 * turn
-    Sphere([{"params": vectors, "together": 2.0}], lr=0.1, momentum=0.0).step()
+    Sphere([{"params": vectors, "shared_update_weight": 2.0}], lr=0.1, momentum=0.0).step()
     common = own[0] + own[1]  # 2 x (own[0] + own[1]) / 2
     for matrix, before, turn in zip(vectors, start, [*own, torch.zeros(1, WIDTH)], strict=True):
         expected = F.normalize(before + 0.1 * (turn + common))
@@ -78,25 +82,48 @@ def test_vectors_without_gradient_stay():
     assert torch.equal(vectors.detach(), before)
 
 
-def test_running_mean_of_directions_keeps_the_length():
-    word = Embedding("S*", {"clip_l": torch.eye(4)[:1] * 3})
-    mean = word.snapshot()
-    word.vectors["clip_l"] = torch.eye(4)[1:2] * 3
-    follow([mean], [word], 0.5, keep_length=True)
-    torch.testing.assert_close(mean.vectors["clip_l"], torch.tensor([[3 / 2**0.5, 3 / 2**0.5, 0, 0]]))
-    follow([mean], [word], 0.0, keep_length=False)
-    torch.testing.assert_close(mean.vectors["clip_l"], word.vectors["clip_l"])
+def test_average_of_directions_keeps_the_length():
+    tokens = TrainedTokens(Embedding("S*", {"clip_l": torch.eye(4)[:1] * 3}))
+    ema = tokens.snapshot()
+    tokens.concept.vectors["clip_l"] = torch.eye(4)[1:2] * 3
+    update_ema(ema, tokens, 0.5, keep_length=True)
+    torch.testing.assert_close(ema.concept.vectors["clip_l"], torch.tensor([[3 / 2**0.5, 3 / 2**0.5, 0, 0]]))
+    update_ema(ema, tokens, 0.0, keep_length=False)
+    torch.testing.assert_close(ema.concept.vectors["clip_l"], tokens.concept.vectors["clip_l"])
 
 
 @pytest.mark.parametrize(("patience", "last"), [(2, 4), (0, 12)])
-def test_ends_when_the_loss_falls_no_more(graph, pictures, patience, last):
+def test_stops_early_without_improvement(graph, pictures, patience, last):
     """So small a step that no measurement falls by 1%."""
     config = TrainConfig(steps=12, learning_rate=1e-6, evaluate_every=2, patience=patience, batch_size=1)
     model = ComfyModel(*graph)
     dataset = make_dataset(model.encode_images, pictures(1), [], [], config)
-    with model:
+    with model.training():
         start = initial_embedding(model.vocabularies(), "S*", "toy", 1)
         assert [step.number for step in train(model, start.trainable(), dataset, config)] == list(range(last + 1))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_settings_that_an_optimizer_ignores_are_refused(name):
+    """Every setting that it is said to ignore, and none at its default."""
+    check_settings(TrainConfig(optimizer=name))
+    assert OPTIMIZERS[name].ignores
+    for setting in OPTIMIZERS[name].ignores:
+        with pytest.raises(UserError, match=f"{setting} has no effect with optimizer {name}: set it back to"):
+            check_settings(TrainConfig(**{"optimizer": name, setting: 0.05}))
+
+
+def test_every_optimizer_has_a_name_in_the_settings():
+    assert tuple(OPTIMIZERS) == get_args(OptimizerName)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_zero_means_the_optimizers_own_rate(name):
+    assert learning_rate(TrainConfig(optimizer=name)) == OPTIMIZERS[name].learning_rate > 0
+    assert learning_rate(TrainConfig(optimizer=name, learning_rate=0.01)) == 0.01
+    tokens = TrainedTokens(Embedding("S*", {"clip_l": torch.ones(1, 4)}).trainable())
+    (group,) = make_optimizer(tokens, TrainConfig(optimizer=name)).param_groups
+    assert group["lr"] == OPTIMIZERS[name].learning_rate
 
 
 # The vocabulary ----------------------------------------------------------------------------------
@@ -110,12 +137,13 @@ def test_whole_words(token, word):
     assert word_of(token) == word
 
 
-def test_nearest_words_and_falls():
+def test_nearest_words_and_gains():
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(4, WIDTH, generator=generator)
     known = Vocabulary(table, {0: "cat</w>", 1: "dog</w>", 2: "tree</w>", 3: "##"}, lambda _text: [0])
-    (first, cosine), *_ = known.nearest(table[1] + 0.01 * table[2], 2)
-    assert (first, len(known.nearest(table[1], 9))) == ("dog", 3)
-    assert cosine == pytest.approx(1, abs=1e-3)
-    falls = known.falls(-table[2])
-    assert max(falls, key=lambda word: falls[word]) == "tree"
+    rows = torch.stack([table[1] + 0.01 * table[2], table[0], torch.zeros(WIDTH)])
+    dog, cat, nothing = known.nearest(rows, 9)
+    assert ([word for word, _ in (dog[0], cat[0])], len(dog), nothing) == (["dog", "cat"], 3, [])
+    assert dog[0][1] == pytest.approx(1, abs=1e-3)
+    gains = known.first_order_gain(-table[2])
+    assert max(gains, key=lambda word: gains[word]) == "tree"

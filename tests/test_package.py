@@ -59,6 +59,15 @@ def test_one_version_everywhere():
     assert f"[{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_one_repository_address_everywhere():
+    repository = re.search(r'^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nrepository-code: {repository}\n" in citation
+    assert f"\nversion: {__version__}\n" in citation
+    assert f"\ngit clone {repository} && cd {repository.rpartition('/')[2]}\n" in (ROOT / "README.md").read_text()
+    assert f"{repository}/security/" in (ROOT / ".github/ISSUE_TEMPLATE/config.yml").read_text()
+
+
 @pytest.mark.parametrize("config", [TrainConfig, PreviewConfig])
 def test_every_setting_explains_itself(config):
     assert field_help(config).keys() == {item.name for item in dataclasses.fields(config)}
@@ -98,3 +107,15 @@ def test_every_node_has_help_with_its_picture(server):
         address = f"{server.url}/extensions/{server.pack_name}/docs/{name}"
         for suffix in (".md", ".png"):
             assert server.http.get(address + suffix, timeout=60).ok
+
+
+def test_architecture_names_what_exists():
+    """Every file and test that docs/architecture.md names."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    names = {path.name for path in ROOT.rglob("*") if not path.relative_to(ROOT).parts[0].startswith(".")}
+    files = set(re.findall(r"[\w./-]*?([\w-]+\.(?:py|js|md|css|sh|json))\b", text))
+    assert files - names - {"NAME.json"} == set()
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
+    cited = set(re.findall(r"`(test_\w+)`", text))
+    assert cited
+    assert {name for name in cited if f"def {name}(" not in tests} == set()

@@ -1,5 +1,7 @@
 """What ComfyUI's registry and its users' machines ask of a pack, by the tools that ask it."""
 
+import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -55,6 +57,34 @@ def test_packed_pack_has_all_that_users_need_and_no_more(copy, packed):
     assert {"__init__.py", "pyproject.toml", "README.md", "LICENSE", "requirements.txt"} <= names
     assert not {name.split("/")[0] for name in names} & {"demo", "toy_model", "dev", "tests", "benchmarks", ".ci"}
     assert sum((packed / name).stat().st_size for name in names) < 2_000_000
+
+
+def text_of(path: Path) -> str:
+    """What users may read of a file: a module's strings without its docstrings, all of any other file."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return text
+    nodes = list(ast.walk(ast.parse(text)))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    strings = (node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings)
+    return "\n".join(string for string in strings if isinstance(string, str))
+
+
+def test_packed_pack_has_the_files_that_messages_point_to(copy, packed):
+    """By path from the top in messages, node texts and the page's scripts; by link in help pages."""
+    tops = [re.escape(path.name) + r"/[\w./-]*\.\w+" * path.is_dir() for path in copy.iterdir()]
+    path_from_top = re.compile(rf"(?<![\w./-])(?:{'|'.join(tops)})(?![\w-])")
+    found = {}
+    for folder in ("nodes", "textual_inversion", "web", "locales", "subgraphs", "example_workflows"):
+        for file in (copy / folder).rglob("*.*"):
+            if file.suffix in (".py", ".js", ".json", ".md"):
+                found |= dict.fromkeys(path_from_top.findall(text_of(file)), file)
+    for page in (packed / "web/docs").glob("*.md"):
+        for link in re.findall(r"\]\((?!\w+:)([^)#]+)", page.read_text(encoding="utf-8")):
+            found[(page.parent / link).resolve().relative_to(packed.resolve()).as_posix()] = page
+    assert {"docs/models.md", "web/docs/TI_Train.png"} <= found.keys()
+    assert not {name: file.name for name, file in found.items() if not (packed / name).is_file()}
+    assert {path.suffix for path in (packed / "docs").iterdir()} == {".md"}
 
 
 def test_static_levels_of_comfy_test(packed):

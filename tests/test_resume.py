@@ -30,15 +30,15 @@ def test_killed_run_goes_on_bit_for_bit(mortal, reference):
     kill_at(mortal, 15)
     assert len(states(mortal)) == 1
     found, message = learned(mortal)
-    assert message == "It went on from step 10 of a run that had not ended."
+    assert message == "Resumed the unfinished run at step 10."
     assert found == reference
     assert not states(mortal)
 
 
-def test_changed_settings_start_anew(mortal, reference):
+def test_changed_settings_start_over(mortal, reference):
     kill_at(mortal, 12, workflow="w")
     changed, message = learned(mortal, seed=1, workflow="w")
-    assert message == "It started anew, since settings or pictures have changed after the run that had not ended."
+    assert message == "Started over: settings or pictures changed since the unfinished run."
     assert changed != reference
     assert not states(mortal)
 
@@ -52,7 +52,7 @@ def test_cancelled_run_goes_on_from_its_last_step(mortal, reference):
     cancelled = mortal.run(graph(), on_event=cancel, check=False)
     assert cancelled.error is not None
     found, message = learned(mortal)
-    step = int(message.removeprefix("It went on from step ").split()[0])
+    step = int(message.removeprefix("Resumed the unfinished run at step ").removesuffix("."))
     assert 0 < step < 40
     assert found == reference
 
@@ -64,7 +64,7 @@ def test_embedding_can_be_trained_further(mortal, reference):
     longer["save"]["inputs"]["name"] = "further"
     run = mortal.run(longer)
     (text,) = run.history["outputs"]["learn"]["text"]
-    assert "starting at the embedding given" in text
+    assert "initialized from the given embedding" in text
     losses = run.history["outputs"]["learn"]["textual_inversion"][0]["fixed"]
     before = mortal.run(graph(seed=5)).history["outputs"]["learn"]["textual_inversion"][0]["fixed"]
     assert losses[0][1] < before[0][1], "it did not begin where the embedding had come to"

@@ -336,9 +336,9 @@ def links(loader):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"trigger": "cat"}, "is a word the text encoder knows already"),
+        ({"trigger": "cat"}, "already knows the word 'cat'"),
         ({"trigger": "a/b"}, "contains '/'"),
-        ({"kind": "custom", "template": "nothing"}, "has no place for the word"),
+        ({"kind": "custom", "template": "nothing"}, "does not contain {} or 'S*'"),
         ({"vectors": 75}, "use fewer vectors or a shorter prompt"),
     ],
 )

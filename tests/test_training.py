@@ -23,7 +23,7 @@ from textual_inversion.state import load_state, save_state
 def learn(graph, images, config, captions=(), masks=(), on_step=lambda step: None, saved=None):
     model = ComfyModel(*graph, config.gradient_checkpointing)
     dataset = make_dataset(model.encode_images, images, masks, captions, config)
-    with model:
+    with model.training():
         embedding = initial_embedding(
             model.vocabularies(), config.trigger, config.initializer, config.vectors
         ).trainable()
@@ -44,7 +44,7 @@ def test_learns(graph, pictures):
 
 def test_every_encoder_is_trained(graph, pictures):
     before = ComfyModel(*graph)
-    with before:
+    with before.training():
         start = initial_embedding(before.vocabularies(), "S*", "toy", 2)
     config = TrainConfig(initializer="toy", vectors=2, steps=2, batch_size=1)
     _, learned = learn(graph, pictures(1), config)
@@ -69,7 +69,7 @@ def test_weights_are_shared_and_put_back(graph):
     modules = (graph.model.model, graph.clip.cond_stage_model)
     before = {id(module): dict(module.named_parameters()) for module in modules}
     model = ComfyModel(*graph, gradient_checkpointing=True)
-    with model:
+    with model.training():
         for module in modules:
             for name, parameter in module.named_parameters():
                 assert not parameter.is_inference()
@@ -90,11 +90,11 @@ def test_weights_take_no_memory_twice(checkpoints, load):
     tensors = [*graph.model.model.parameters(), *graph.clip.cond_stage_model.parameters()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert weights > 10 * 2**20
-    with ComfyModel(*graph):
+    with ComfyModel(*graph).training():
         pass  # whatever ComfyUI loads the first time
     process = psutil.Process()
     before = process.memory_info().rss
-    with ComfyModel(*graph):
+    with ComfyModel(*graph).training():
         grown = process.memory_info().rss - before
     assert grown < weights / 2
 
@@ -107,7 +107,7 @@ class Interrupt(BaseException):
 def test_graph_is_unchanged_after_success_error_and_interrupt(graph, pictures, failure):
     modules = (graph.model.model, graph.clip.cond_stage_model, graph.vae.first_stage_model)
     image = ComfyModel(*graph)
-    with image:
+    with image.training():
         word = initial_embedding(image.vocabularies(), "S*", "toy", 1)
     shape = (4, 8, 8)
     picture, digest = image.generate("a photo of S*", word, shape, 1, 3, 4.0), weights_hash(*modules)
@@ -128,12 +128,12 @@ def test_graph_is_unchanged_after_success_error_and_interrupt(graph, pictures, f
 
 def test_loss_is_the_noise_error(graph, pictures):
     """Against the definition: the UNet's own output compared with the noise."""
-    config = TrainConfig(batch_size=3, context_vectors=0)
+    config = TrainConfig(batch_size=3, per_image_tokens=0)
     model = ComfyModel(*graph)
     dataset = make_dataset(model.encode_images, pictures(3), [], [], config)
     batch = fixed_batches(dataset, config)[0]
     network = graph.model.model
-    with model, torch.no_grad():
+    with model.training(), torch.no_grad():
         embedding = initial_embedding(model.vocabularies(), "S*", "toy", 1)
         ours = batch_loss(model, [embedding], batch)
         timesteps = (batch.quantiles * 1000).long()
@@ -161,7 +161,7 @@ def test_distinct_prompts_cost_one_forward_pass(graph, pictures):
     captions = ["one {}", "two {} " + "and more " * 60, "three {}", "four {}"]  # the second needs 154 tokens
     dataset = make_dataset(model.encode_images, pictures(4), [], captions, config)
     try:
-        with model, torch.no_grad():
+        with model.training(), torch.no_grad():
             batch = next(training_batches(dataset, config, torch.Generator().manual_seed(0)))
             assert len(set(batch.prompts)) == 4
             batch_loss(model, [initial_embedding(model.vocabularies(), "S*", "toy", 1)], batch)
@@ -277,7 +277,7 @@ def test_saved_training_goes_on_bit_for_bit(graph, pictures, tmp_path, optimizer
     later, resumed = learn(graph, pictures(3), config, saved=load_state(tmp_path / "run.state"))
     assert [step.number for step in later] == list(range(stopped, 9))
     assert [step.loss for step in later] == [step.loss for step in steps[stopped:]]
-    assert (later[-1].best_number, later[-1].best_loss) == (steps[-1].best_number, steps[-1].best_loss)
+    assert (later[-1].best_step, later[-1].best_loss) == (steps[-1].best_step, steps[-1].best_loss)
     for key, vectors in whole.vectors.items():
         assert torch.equal(vectors, resumed.vectors[key])
         assert torch.equal(steps[-1].best.vectors[key], later[-1].best.vectors[key])
@@ -286,7 +286,8 @@ def test_saved_training_goes_on_bit_for_bit(graph, pictures, tmp_path, optimizer
 def test_state_of_another_model_is_left_alone(graph, pictures):
     config = TrainConfig(steps=2)
     steps, _ = learn(graph, pictures(1), config)
-    saved = steps[-1].state.to_dict() | {"loss_before": steps[0].loss * 1.01}
+    saved = steps[-1].state.to_dict()
+    saved["progress"]["initial_loss"] *= 1.01
     again, _ = learn(graph, pictures(1), config, saved=saved)
     assert again[0].number == 0
 

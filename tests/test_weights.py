@@ -19,7 +19,7 @@ from families import NAMED, agrees, build, flux_network, gradients
 from torch import nn
 
 from textual_inversion.adapters.comfyui_autograd import ordinary_weights
-from textual_inversion.adapters.comfyui_words import vocabularies
+from textual_inversion.adapters.comfyui_tokens import vocabularies
 
 FLUX = NAMED["Flux.1 dev"]
 WIDE = flux_network(hidden_size=256, num_heads=2)  # some formats take blocks of 256
@@ -131,7 +131,7 @@ def test_gradient_through_text_encoders_of(dtype, flux):
     assert weights_hash(changed[1].cond_stage_model) == before
     for vocabulary in vocabularies(changed[1]).values():
         assert torch.isfinite(vocabulary.mean()).all()
-        assert vocabulary.nearest(vocabulary.vectors[vocabulary.encode("dog")[0]], 1)[0][0] == "dog"
+        assert vocabulary.nearest(vocabulary.vectors[vocabulary.encode("dog")[:1]], 1)[0][0][0] == "dog"
 
 
 def with_lora(model):

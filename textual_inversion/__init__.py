@@ -1,12 +1,12 @@
 """The training engine: torch only, it knows neither ComfyUI nor diffusers."""
 
+__version__ = "0.1.0"
+
 from .config import PreviewConfig, TrainConfig
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped, UserError
 from .training import Step, train
 from .vocabulary import initial_embedding
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Embedding",

@@ -1,9 +1,8 @@
-"""The same engine from a shell, on a diffusers pipeline: ``python -m textual_inversion --help``."""
+"""The engine on the command line, with a diffusers pipeline: ``python -m textual_inversion --help``."""
 
-import json
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +11,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from . import __version__, formats, inspection
+from . import formats, inspection
 from .adapters.diffusers_pipeline import DiffusersModel
 from .config import TrainConfig
 from .dataset import GRID, make_dataset
@@ -20,14 +19,16 @@ from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped, UserError
 from .formats import FormatName
 from .initializer import with_initializer
+from .optimizers import check_settings
 from .pictures import load_folder, to_pillow
-from .prompts import check_trigger, place_word
-from .report import report
-from .training import Step, train
+from .prompts import check_trigger, place_trigger
+from .report import learned_embedding, report
+from .training import train
 from .vocabulary import initial_embedding
 
 app = tyro.extras.SubcommandApp()
-INTERRUPTED = 130  # what shells call a program that Ctrl-C ended
+TriggerOption = Annotated[str, tyro.conf.arg(aliases=("--word",))]
+INTERRUPTED = 130  # exit code of programs that Ctrl-C ends
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Settings(TrainConfig):
-    """How to learn."""
+    """How to train."""
 
     trigger: Annotated[str, tyro.conf.arg(aliases=("--token",))] = TrainConfig.trigger
     initializer: Annotated[str, tyro.conf.arg(aliases=("--init",))] = TrainConfig.initializer
@@ -69,68 +70,58 @@ def train_command(
     output: Path | None = None,
     format: FormatName = "comfyui",
 ) -> None:
-    """Learn a new word from a folder of pictures.
+    """Train an embedding on a folder of pictures.
 
-    Captions are read from NAME.txt beside NAME.png. The vectors with the lowest loss on fixed noise are kept;
-    Ctrl-C keeps the best so far.
+    Captions are read from NAME.txt beside NAME.png. The vectors with the lowest loss on fixed noise are kept.
+    Ctrl-C stops and keeps the best vectors so far.
 
     Example: python -m textual_inversion train --model sd15/ --images cat/ --token "<my-cat>" --init cat
 
     Args:
         images: Folder of 3 to 5 pictures.
-        output: Name of the file to write; its ending follows the format. Default: the trigger word.
-            An existing file is never replaced: the next one is called NAME-2.
-        format: Who is to read the file. comfyui is also for A1111, Forge, kohya and InvokeAI.
+        output: The file to write; the format decides its suffix. Default: the trigger word.
+            An existing file is never overwritten: the next one is called NAME-2.
+        format: The tool that will read the file. comfyui also works for A1111, Forge, kohya and InvokeAI.
     """
     check_trigger(settings.trigger)
+    check_settings(settings)
     folder, name = (output.parent, output.stem) if output else (Path(), settings.trigger)
     target = formats.free_path(folder, formats.file_name(name), formats.FORMATS[format].suffix)
     pictures, masks, captions = load_folder(images, 0)
     model = pipeline.load(settings.gradient_checkpointing)
     dataset = make_dataset(model.encode_images, pictures, masks, captions, settings)
-    config = with_initializer(model, dataset, settings)
-    start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, config.vectors)
-
-    steps = train(model, start.trainable(), dataset, config)
-    step = next(steps)
-    ended = ""
-    with tqdm(total=config.steps, unit="step", desc=config.trigger) as bar:
-        try:
-            for step in steps:
-                bar.update()
-                bar.set_postfix_str(f"fixed loss {step.best_loss:.4f} at step {step.best_number}")
-        except TrainingStopped as error:
-            ended = str(error)
-        except KeyboardInterrupt:
-            ended = f"Interrupted at step {step.number}."
-    for path in formats.write(_learned(step, config, pipeline), target, format):
-        print(path)
-    _say(f"{report(model, dataset, config, start, step, repr(config.initializer), ended)}")
+    with model.training() as trainable:
+        config = with_initializer(trainable, dataset, settings)
+        start = initial_embedding(trainable.vocabularies(), config.trigger, config.initializer, config.vectors)
+        steps = train(trainable, start.trainable(), dataset, config)
+        step = next(steps)
+        ended = ""
+        with tqdm(total=config.steps, unit="step", desc=config.trigger) as bar:
+            try:
+                for step in steps:
+                    bar.update()
+                    bar.set_postfix_str(f"fixed loss {step.best_loss:.4f} at step {step.best_step}")
+            except TrainingStopped as error:
+                ended = str(error)
+            except KeyboardInterrupt:
+                ended = f"Interrupted at step {step.number}."
+        for path in formats.write(learned_embedding(step, config, pipeline.model.name), target, format):
+            print(path)
+        _say(report(trainable, dataset, config, start, step, repr(config.initializer), ended))
     if ended.startswith("Interrupted"):
         sys.exit(INTERRUPTED)
 
 
-def _learned(step: Step, settings: TrainConfig, pipeline: Pipeline) -> Embedding:
-    metadata = {
-        "base_model": pipeline.model.name,
-        "steps": str(step.best_number),
-        "seed": str(settings.seed),
-        "settings": json.dumps(asdict(settings)),
-        "version": __version__,
-    }
-    return Embedding(step.best.trigger, step.best.vectors, metadata)
-
-
 @app.command
-def inspect(file: tyro.conf.Positional[Path], partner: Path | None = None, word: str = "") -> None:
-    """Say what is in an embedding file, whatever tool wrote it.
+def inspect(file: tyro.conf.Positional[Path], partner: Path | None = None, trigger: TriggerOption = "") -> None:
+    """Show what is in an embedding file, whatever tool wrote it.
 
     Args:
         file: safetensors, pt, bin, or a PNG with an embedding.
-        partner: The other of two files that diffusers wrote for SDXL.
-        word: Which word to take from a file that bundles several.
+        partner: The second of two files that diffusers wrote for SDXL.
+        trigger: Which embedding to take from a file that contains several.
     """
-    embedding = _read(file, partner, word)
+    embedding = _read(file, partner, trigger)
     print(inspection.describe(embedding, inspection.inspect(embedding, {})))
 
 
@@ -140,20 +131,20 @@ def convert(
     to: FormatName,
     output: Path | None = None,
     partner: Path | None = None,
-    word: str = "",
+    trigger: TriggerOption = "",
     picture: Path | None = None,
 ) -> None:
     """Write an embedding in the format of another tool.
 
     Args:
         file: safetensors, pt, bin, or a PNG with an embedding.
-        to: Who is to read it.
-        output: Name of the new file; its ending follows the format. Default: the name of the old one.
-        partner: The other of two files that diffusers wrote for SDXL.
-        word: Which word to take from a file that bundles several.
-        picture: What a PNG card shows.
+        to: The tool that will read it.
+        output: The new file; the format decides its suffix. Default: the name of the old one.
+        partner: The second of two files that diffusers wrote for SDXL.
+        trigger: Which embedding to take from a file that contains several.
+        picture: The picture of a PNG card.
     """
-    embedding = _read(file, partner, word)
+    embedding = _read(file, partner, trigger)
     target = output or file
     path = formats.free_path(target.parent, target.stem, formats.FORMATS[to].suffix)
     shown = Image.open(picture).convert("RGB") if picture else None
@@ -173,28 +164,28 @@ def generate(
     steps: int = 25,
     cfg: float = 7.0,
 ) -> None:
-    """Draw a prompt without and with the learned word, side by side.
+    """Draw a prompt without and with an embedding, side by side.
 
     Args:
-        embedding: The file of the word.
-        prompt: {} or the trigger word is where the word goes. Without it, the model reads the trigger as plain text.
+        embedding: The embedding file.
+        prompt: The prompt, with {} or the trigger word. Without the embedding the trigger is ordinary text.
         output: The picture to write.
-        width: Pixels of each picture.
-        height: Pixels of each picture.
-        seed: The same noise for both.
+        width: Width of each picture in pixels.
+        height: Height of each picture in pixels.
+        seed: Seed of the noise, the same for both.
         steps: Sampling steps.
         cfg: Guidance scale.
     """
-    word, model = formats.read(embedding), pipeline.load()
-    text = place_word(prompt, word.trigger)
-    shape = (0, height // GRID, width // GRID)  # the pipeline knows its channels
-    drawn = [model.generate(text, known, shape, seed, steps, cfg)[0] for known in (None, word)]
+    learned, model = formats.read(embedding), pipeline.load()
+    text = place_trigger(prompt, learned.trigger)
+    shape = (0, height // GRID, width // GRID)  # channels do not matter: the pipeline knows them
+    drawn = [model.generate(text, known, shape, seed, steps, cfg)[0] for known in (None, learned)]
     to_pillow(torch.cat(drawn, dim=1)).save(output)
     print(output)
 
 
-def _read(file: Path, partner: Path | None, word: str) -> Embedding:
-    return formats.read_pair(file, partner) if partner else formats.read(file, word)
+def _read(file: Path, partner: Path | None, trigger: str) -> Embedding:
+    return formats.read_pair(file, partner) if partner else formats.read(file, trigger)
 
 
 def _say(text: str) -> None:
@@ -202,7 +193,7 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 an input or a model that cannot be used, 2 a wrong command line, 130 interrupted."""
+    """Exit codes: 0 done, 1 an input or model that cannot be used, 2 a wrong command line, 130 interrupted."""
     try:
         app.cli(prog="textual_inversion", description="Teach an image model a new word from a few pictures.")
     except (UserError, TrainingError, OSError) as error:

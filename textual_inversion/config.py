@@ -9,13 +9,16 @@ from typing import Any, Literal, get_args, get_origin
 from .errors import UserError
 
 Kind = Literal["object", "style", "face", "custom"]
-Optimizer = Literal["sphere", "adamw"]
+OptimizerName = Literal["sphere", "adamw"]  # optimizers.OPTIMIZERS says what each is
 Schedule = Literal["cosine", "constant"]
 
 
-def bounded(default: Any, low: float, high: float, step: float = 1) -> Any:
-    """A number field with its limits and the step of its widget."""
-    return field(default=default, metadata={"min": low, "max": high, "step": step})
+def bounded(default: Any, low: float, high: float, step: float = 1, saved_as: str = "") -> Any:
+    """A number field with its limits and the step of its widget.
+
+    ``saved_as`` is the name that workflows and unfinished runs on disk have for it, where it was renamed.
+    """
+    return field(default=default, metadata={"min": low, "max": high, "step": step, "saved_as": saved_as})
 
 
 @dataclass(frozen=True)
@@ -23,73 +26,77 @@ class TrainConfig:
     """Everything that decides the outcome of a training run."""
 
     trigger: str = "S*"
-    """Trigger word: the new word to write in prompts. Pick one that is no ordinary word."""
+    """Trigger word: the new word for your prompts. Choose one that is not an ordinary word."""
 
     initializer: str = ""
-    """One or more words to start from, such as "toy" or "red hat". Empty: the word that explains the pictures best."""
+    """One or more words to start from, such as "toy" or "red hat". Empty: search the vocabulary for the best one."""
 
     kind: Kind = "object"
-    """What the pictures share: an object, a style or a face. Custom uses the template below."""
+    """What the pictures have in common: an object, a style or a face. Custom uses the template below."""
 
     template: str = ""
-    """Prompts for kind "custom", one a line, with {} where the word goes: "a sketch of {}"."""
+    """Prompts for kind "custom", one per line, with {} for the trigger word: "a sketch of {}"."""
 
     vectors: int = bounded(1, 1, 75)
-    """Vectors of the word, each as long as one token of the prompt. More hold more detail and are harder to edit."""
+    """Vectors of the embedding. Each takes one token of the prompt. More hold more detail and are harder to edit."""
 
     steps: int = bounded(100, 2, 100_000)
-    """Optimizer steps at most: training ends by itself when the loss falls no more."""
+    """Maximum number of optimizer steps. Training stops early when the loss no longer improves."""
 
-    learning_rate: float = bounded(0.3, 1e-6, 1.0, 1e-6)
-    """Radians a step turns the vectors by, at most; adamw takes 0.005 here. Halve it when pictures turn to noise."""
+    learning_rate: float = bounded(0.0, 0.0, 1.0, 1e-6)
+    """Largest rotation per step in radians (adamw: an ordinary learning rate). 0: the optimizer's own, 0.3 for
+    sphere and 0.005 for adamw. Halve it when pictures turn to noise."""
 
     batch_size: int = bounded(4, 1, 64)
-    """Pictures per step. Lower it when memory runs out."""
+    """Pictures per step. Reduce it when memory runs out."""
 
     size: int = bounded(0, 0, 4096, 8)
-    """Train at about this many pixels a side, proportions kept. 0: pictures as given."""
+    """Resize pictures to about this many pixels per side, keeping their proportions. 0: do not resize."""
 
     seed: int = bounded(0, 0, 2**63 - 1)
-    """Same seed, pictures and settings: the same vectors."""
+    """The same seed, pictures and settings give the same vectors."""
 
     gradient_checkpointing: bool = False
-    """Saves memory, costs about half as much time again, gives the same result. Off: only when memory is short."""
+    """Saves memory, takes about half as much time again, gives the same result. Off: only when memory is short."""
 
-    optimizer: Optimizer = "sphere"
-    """sphere turns the vectors and keeps their length, so that they drown no other word; adamw lets them grow."""
+    optimizer: OptimizerName = "sphere"
+    """sphere rotates the vectors and keeps their length, so the embedding does not drown other words of the prompt.
+    adamw lets them grow."""
 
     editability: float = bounded(0.1, 0.0, 1.0, 0.05)
-    """0: everything the pictures show. 1: stays near the initializer, which other words change more easily."""
+    """0: learn everything the pictures show. 1: stay near the initializer, which is easier to change with other
+    words. Only for sphere."""
 
-    context_vectors: int = bounded(1, 0, 16)
-    """Throw-away vectors for each picture without a caption: for what only it shows, which the word need not learn."""
+    per_image_tokens: int = bounded(1, 0, 16, saved_as="context_vectors")
+    """Extra tokens for each picture without a caption. They learn what only that picture shows, such as its
+    background, so the embedding does not. They are not saved. 0: off."""
 
     averaging: float = bounded(0.8, 0.0, 0.9999, 0.01)
-    """Share of the past in the running mean of the vectors, which is what is kept. 0: the last vectors."""
+    """EMA decay. The averaged vectors are the ones saved. 0: no averaging."""
 
     patience: int = bounded(5, 0, 1000)
-    """Training ends when the loss has not fallen by 1% for this many measurements. 0: all steps are done."""
+    """Early stopping: stop after this many evaluations without an improvement of 1%. 0: never stop early."""
 
     momentum: float = bounded(0.7, 0.0, 0.999, 0.01)
-    """Share of the past in the running gradient. 0: each step follows its own pictures alone."""
+    """Momentum of the gradient (adamw: beta1). 0: use only the gradient of the current step."""
 
     weight_decay: float = bounded(1e-2, 0.0, 1.0, 1e-4)
-    """adamw's pull of the vectors towards zero."""
+    """Weight decay. Only for adamw."""
 
     schedule: Schedule = "cosine"
-    """Learning rate over the run: falling along a cosine, or constant."""
+    """Learning rate schedule: cosine decay to zero, or constant."""
 
     warmup_steps: int = bounded(0, 0, 10_000)
     """Steps over which the learning rate rises from zero."""
 
     accumulation: int = bounded(1, 1, 64)
-    """Batches per optimizer step: a larger batch for the same memory."""
+    """Gradient accumulation: batches per optimizer step. Acts like a larger batch without using more memory."""
 
     flip_probability: float = bounded(0.0, 0.0, 1.0, 0.05)
-    """How often a picture is mirrored. Leave 0 for faces, text and anything with a left and a right."""
+    """Probability of mirroring a picture. Leave it at 0 for faces, text and anything with a left and a right."""
 
     evaluate_every: int = bounded(10, 1, 10_000)
-    """Steps between measurements on fixed noise, which choose the vectors that are kept."""
+    """Steps between evaluations. Each measures the loss on the same fixed noise; the best vectors are kept."""
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -97,19 +104,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Pictures drawn while the word is learned. They never change what is learned."""
+    """Pictures drawn during training. They never change what is learned."""
 
     preview_prompt: str = "a photo of {}"
-    """Prompt of the preview pictures, with {} or the trigger word where the new word goes."""
+    """Prompt of the preview pictures. Write {} or the trigger word where the embedding belongs."""
 
     preview_every: int = bounded(50, 0, 100_000)
-    """Steps between preview pictures. 0: only one at the end."""
+    """Steps between preview pictures. 0: only one, at the end."""
 
     preview_steps: int = bounded(20, 1, 200)
     """Sampling steps of a preview picture."""
 
     preview_cfg: float = bounded(7.0, 0.0, 30.0, 0.5)
-    """Guidance scale of a preview picture."""
+    """Guidance scale (cfg) of a preview picture."""
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -126,12 +133,17 @@ def check_limits(config: TrainConfig | PreviewConfig) -> None:
             raise UserError(f"{item.name} is {value!r}; choose one of {', '.join(choices)}.")
 
 
+def saved_names(config: type) -> dict[str, str]:
+    """The name on disk of every field of ``config``, by its name in the code: in workflows and unfinished runs."""
+    return {item.name: item.metadata.get("saved_as") or item.name for item in fields(config)}
+
+
 def field_help(config: type) -> dict[str, str]:
-    """The docstring under every field of ``config``, by field name."""
+    """The docstring under every field of ``config``, on one line, by field name."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
     assert isinstance(tree, ast.ClassDef)
     return {
-        node.target.id: inspect.cleandoc(doc.value.value)  # type: ignore[attr-defined]
+        node.target.id: " ".join(doc.value.value.split())  # type: ignore[attr-defined]
         for node, doc in zip(tree.body, tree.body[1:], strict=False)
         if isinstance(node, ast.AnnAssign)
     }

@@ -1,4 +1,4 @@
-"""Opens safetensors, pickles and PNGs without running code, within the bytes that are there."""
+"""Opens safetensors, pickles and PNGs without running code from them or reading beyond the end of the file."""
 
 import base64
 import io
@@ -19,28 +19,28 @@ from torch import Tensor
 
 from .errors import UserError
 
-# Far above any prompt and any text encoder: what is larger is no embedding.
+# Limits far above those of any prompt and text encoder: anything larger is not an embedding.
 MOST_VECTORS = 1024
 MOST_WIDTH = 32_768
 MOST_TENSORS = 16
-MOST_BYTES = 64 * 2**20  # of a file that has to be read whole; safetensors are read tensor by tensor
+MOST_BYTES = 64 * 2**20  # for files that are read as a whole; safetensors are read tensor by tensor
 MOST_JSON = 8 * 2**20
 MOST_PIXELS = 32 * 2**20
 
 PNG_TEXT = "sd-ti-embedding"
-BUNDLE = "bundle_emb."  # a word inside a LoRA file: bundle_emb.WORD.KEY
+BUNDLE = "bundle_emb."  # prefix of an embedding in a LoRA file: bundle_emb.TRIGGER.KEY
 
 
-# Each container gives its tensors by key, and what is known about them.
+# Tensors by key, and metadata.
 Content = tuple[dict[str, Tensor], dict[str, str]]
 
 
 def open_file(path: Path) -> Content:
-    """The tensors of a file by key, at most ``MOST_TENSORS``, and its metadata; recognised by content.
+    """The tensors of a file by key, at most ``MOST_TENSORS``, and its metadata. The type is detected by content.
 
-    Of a LoRA file only the words bundled in it.
+    Of a LoRA file only the embeddings bundled in it.
 
-    Raises UserError for whatever cannot be read, holds something else, or is too large.
+    Raises UserError if the file cannot be read, contains something else, or is too large.
     """
     try:
         with path.open("rb") as file:
@@ -49,7 +49,7 @@ def open_file(path: Path) -> Content:
         return opened(path)
     except UserError:
         raise
-    except Exception as error:  # the libraries raise whatever a broken byte leads to
+    except Exception as error:  # the libraries raise many kinds of errors for broken files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path.name} cannot be read as an embedding: {reason}") from error
 
@@ -58,11 +58,11 @@ def check_shape(key: str, shape: tuple[int, ...], is_float: bool, path: Path) ->
     rows = shape[0] if len(shape) == 2 else 1
     fits = len(shape) in (1, 2) and 0 < rows <= MOST_VECTORS and 0 < shape[-1] <= MOST_WIDTH
     if not (fits and is_float):
-        raise UserError(f"{path.name} is no embedding: {key or 'it'} has shape {shape}.")
+        raise UserError(f"{path.name} is not an embedding: {key or 'it'} has shape {shape}.")
 
 
 class _Parameters:
-    """Stands in for torch.nn.ParameterDict, in which the first embeddings were pickled."""
+    """Replaces torch.nn.ParameterDict while unpickling; the first embeddings were saved in one."""
 
 
 def _check_size(path: Path) -> None:
@@ -75,42 +75,42 @@ def _open_safetensors(path: Path) -> Content:
         keys = list(file.keys())
         keys = [key for key in keys if key.startswith(BUNDLE)] or keys
         if len(keys) > MOST_TENSORS and not keys[0].startswith(BUNDLE):
-            raise UserError(f"{path.name} is no embedding: it holds {len(keys)} tensors, such as {keys[0]}.")
-        for key in keys:  # before anything is loaded
+            raise UserError(f"{path.name} is not an embedding: it contains {len(keys)} tensors, such as {keys[0]}.")
+        for key in keys:  # check before loading anything
             described = file.get_slice(key)
             check_shape(key, tuple(described.get_shape()), described.get_dtype() in ("F16", "BF16", "F32", "F64"), path)
         return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
 
 
 def _open_pickle(path: Path) -> Content:
-    """torch.load runs no code with weights_only; mmap keeps it within the bytes that are there."""
+    """torch.load with weights_only runs no code; with mmap it cannot read beyond the end of the file."""
     _check_size(path)
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
-                    raise UserError(f"{path.name} is compressed, which embeddings never are: it is not opened.")
+                    raise UserError(f"{path.name} was not opened: it is compressed, and embeddings never are.")
                 if ".." in Path(entry.filename).parts or entry.filename.startswith(("/", "\\")):
-                    raise UserError(f"{path.name} contains the path {entry.filename!r}: it is not opened.")
+                    raise UserError(f"{path.name} was not opened: it contains the path {entry.filename!r}.")
     stand_in: Any = (_Parameters, "torch.nn.modules.container.ParameterDict")
     with torch.serialization.safe_globals([stand_in]):
         source = str(path) if is_zip else io.BytesIO(path.read_bytes())
         try:
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
         except pickle.UnpicklingError as error:
-            raise UserError(f"{path.name} is broken, or holds more than numbers: it is not opened.") from error
+            raise UserError(f"{path.name} was not opened: it is broken, or contains more than numbers.") from error
     return _unwrap(content, path)
 
 
 def _open_png(path: Path) -> Content:
-    """A1111's pictures with an embedding: in a text chunk, else in the pixels."""
+    """A1111's pictures with an embedding in a text chunk, or else in the pixels."""
     _check_size(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=["PNG"]) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise UserError(f"{path.name} is too large a picture for an embedding.")
+                raise UserError(f"{path.name} is too large for a picture with an embedding.")
             text = getattr(image, "text", {}).get(PNG_TEXT)
             data = base64.b64decode(text) if text else _hidden_in_pixels(np.asarray(image.convert("RGB")))
     if data is None:
@@ -125,10 +125,10 @@ def _open_png(path: Path) -> Content:
 
 
 def _hidden_in_pixels(pixels: np.ndarray) -> bytes | None:
-    """What A1111 hides left and right of the picture, (H, W, 3) bytes.
+    """The data that A1111 hides to the left and right of the picture; ``pixels`` are (H, W, 3) bytes.
 
-    Black columns divide picture and data.  The low four bits of every byte, scrambled by a linear
-    congruential generator, are low halves on the left and high halves on the right of zlib's bytes.
+    Black columns separate data and picture.  The low four bits of every pixel value hold the zlib bytes,
+    masked by a linear congruential generator: low halves on the left, high halves on the right.
     """
     bright = (pixels > 0).all(axis=2)  # (H, W)
     rows, columns = np.flatnonzero(bright.any(axis=-1)), np.flatnonzero(bright.any(axis=0))
@@ -149,7 +149,7 @@ def _hidden_in_pixels(pixels: np.ndarray) -> bytes | None:
 
 
 def _scramble(count: int) -> np.ndarray:
-    """The generator of Numerical Recipes, by which A1111 masks hidden data: 4 bits of each number."""
+    """The mask of A1111's hidden data: 4 bits of each number of the generator from Numerical Recipes."""
     numbers, state = np.empty(count, np.uint8), 0
     for index in range(count):
         state = (1664525 * state + 1013904223) % 2**32
@@ -158,21 +158,21 @@ def _scramble(count: int) -> np.ndarray:
 
 
 def _unwrap(content: Any, path: Path) -> Content:
-    """The tensors of a pickled or JSON dictionary, and A1111's notes about them."""
+    """The tensors of a pickled or JSON dictionary, and A1111's metadata."""
     if isinstance(content, Tensor):
         return {"": content}, {}
     if not isinstance(content, Mapping):
-        raise UserError(f"{path.name} is no embedding: it holds a {type(content).__name__}.")
+        raise UserError(f"{path.name} is not an embedding: it contains a {type(content).__name__}.")
     notes = {"name": "trigger", "step": "steps", "sd_checkpoint_name": "base_model"}
     metadata = {ours: str(content[theirs]) for theirs, ours in notes.items() if content.get(theirs) is not None}
     vectors = content.get("string_to_param", content)
     if isinstance(vectors, _Parameters):
         vectors = vars(vectors).get("_parameters")
     if not isinstance(vectors, Mapping):
-        raise UserError(f"{path.name} is no embedding: it holds {', '.join(map(str, content))}.")
+        raise UserError(f"{path.name} is not an embedding: it contains {', '.join(map(str, content))}.")
     tensors = {str(key): value for key, value in vectors.items() if isinstance(value, Tensor)}
     if not 0 < len(tensors) <= MOST_TENSORS:
-        raise UserError(f"{path.name} is no embedding: it holds {len(tensors)} tensors.")
+        raise UserError(f"{path.name} is not an embedding: it contains {len(tensors)} tensors.")
     return tensors, metadata
 
 

@@ -1,4 +1,4 @@
-"""Pictures, masks and captions, checked once, brought to size and turned into batches of latents."""
+"""Pictures, masks and captions: checked once, resized and turned into batches of latents."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,15 +10,16 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .errors import UserError
-from .prompts import caption_prompt, training_prompts, with_context
+from .image_tokens import image_prompts, image_trigger, uses_image_tokens
+from .prompts import caption_prompt, template_prompts
 
 SMALLEST_SIDE = 8
-FIXED_DRAWS = 16  # as many as 4 steps of 4 pictures, without their backward passes
+FIXED_DRAWS = 16  # rows of an evaluation: as many as 4 steps of 4 pictures, without their backward passes
 GRID = 8  # pixels per latent of every Stable Diffusion autoencoder
 
 
 def check_pictures(images: Sequence[Tensor], masks: Sequence[Tensor], captions: Sequence[str]) -> None:
-    """Raises UserError for anything that could not be trained on.
+    """Raises UserError for anything that cannot be trained on.
 
     ``images`` (1, H, W, 3 or 4) in 0..1, ``masks`` (1, H, W) in 0..1 or none at all, ``captions``
     one for each picture, one for all, or none.
@@ -27,31 +28,32 @@ def check_pictures(images: Sequence[Tensor], masks: Sequence[Tensor], captions: 
         raise UserError("There are no pictures: connect at least one to 'images'.")
     for number, image in enumerate(images, 1):
         if image.ndim != 4 or image.shape[-1] not in (3, 4):
-            raise UserError(f"Picture {number} has shape {tuple(image.shape)}; (1, height, width, 3) is needed.")
+            raise UserError(f"Picture {number} has shape {tuple(image.shape)}; it must be (1, height, width, 3).")
         height, width = image.shape[1:3]
         if min(height, width) < SMALLEST_SIDE:
             raise UserError(
-                f"Picture {number} is {width} x {height} pixels; at least {SMALLEST_SIDE} x {SMALLEST_SIDE} "
-                "are needed: leave it out or scale it up."
+                f"Picture {number} is {width} x {height} pixels; it must be at least "
+                f"{SMALLEST_SIDE} x {SMALLEST_SIDE}: leave it out or scale it up."
             )
         if not torch.isfinite(image).all():
-            raise UserError(f"Picture {number} contains NaN or infinite values: check the node that makes it.")
+            raise UserError(f"Picture {number} contains NaN or infinite values: check the node that made it.")
     if masks and len(masks) != len(images):
-        raise UserError(f"There are {len(masks)} masks for {len(images)} pictures: give one each, or none.")
+        raise UserError(f"There are {len(masks)} masks for {len(images)} pictures: connect one for each, or none.")
     for number, mask in enumerate(masks, 1):
         if not torch.isfinite(mask).all() or mask.max() <= 0:
             raise UserError(f"Mask {number} is empty: it must be white where the picture is to be learned.")
     if len(captions) not in (0, 1, len(images)):
         raise UserError(
-            f"There are {len(captions)} captions for {len(images)} pictures: give one each, one for all, or none."
+            f"There are {len(captions)} captions for {len(images)} pictures: connect one for each, one for all, "
+            "or none."
         )
 
 
-def fit(image: Tensor, size: int, square: bool = False) -> Tensor:
-    """Brings a picture to about ``size`` x ``size`` pixels without changing its proportions.
+def resize(image: Tensor, size: int, square: bool = False) -> Tensor:
+    """Resizes a picture to about ``size`` x ``size`` pixels without changing its proportions.
 
     ``image`` (1, H, W, C). ``square`` crops the middle; otherwise the area becomes size^2. 0 keeps
-    the scale. Sides end as multiples of 8, by cropping less than 8 pixels, never by squashing.
+    the scale. Sides become multiples of 8 by cropping less than 8 pixels, never by squashing.
     """
     height, width = image.shape[1:3]
     if square:
@@ -81,8 +83,8 @@ class Dataset:
     latents: list[Tensor]  # (C, h, w) each, in the model's latent scale; of a video model (C, 1, h, w)
     mirrored: list[Tensor]  # the same of the mirrored pictures, or empty
     masks: list[Tensor]  # one channel of a latent each, in 0..1, or empty
-    prompts: list[tuple[str, ...]]  # what item i may be called, the word in place
-    contexts: list[str]  # trigger of the throw-away word in the prompts of item i, or empty
+    prompts: list[tuple[str, ...]]  # the prompts of item i, with the trigger word in place
+    image_triggers: list[str]  # trigger of the per-image token in the prompts of item i, or empty
 
     def shapes(self) -> list[list[int]]:
         """Items grouped by latent shape, in order of first appearance."""
@@ -102,6 +104,17 @@ class Batch:
     noise: Tensor  # (B, C, h, w)
     quantiles: Tensor  # (B,) in 0..1: position on the model's noise schedule
 
+    def rows(self, index: slice | Sequence[int] | Tensor) -> "Batch":
+        """Some of the rows; ``index`` as for a tensor."""
+        chosen = torch.arange(len(self.prompts))[index]
+        return Batch(
+            self.latents[chosen],
+            None if self.masks is None else self.masks[chosen],
+            [self.prompts[row] for row in chosen.tolist()],
+            self.noise[chosen],
+            self.quantiles[chosen],
+        )
+
 
 def make_dataset(
     encode_images,
@@ -110,46 +123,45 @@ def make_dataset(
     captions: Sequence[str],
     config: TrainConfig,
 ) -> Dataset:
-    """Checks and fits the pictures and encodes each one once.
+    """Checks and resizes the pictures and encodes each one once.
 
     ``encode_images`` maps a list of (1, H, W, 3) to a list of latents (C, h, w).
+    Raises UserError as ``check_pictures`` and ``template_prompts`` do.
     """
     check_pictures(images, masks, captions)
-    templates = training_prompts(config.kind, config.template, config.trigger)
+    templates = template_prompts(config.kind, config.template, config.trigger)
     if len(captions) == 1:
         captions = list(captions) * len(images)
-    prompts, contexts = [], []
-    for number, caption in enumerate(captions or [""] * len(images)):
-        lacks_context = bool(config.context_vectors) and config.kind != "custom" and not caption.strip()
-        contexts.append(f"ti-context-{number}" if lacks_context else "")
+    prompts, image_triggers = [], []
+    for index, caption in enumerate(captions or [""] * len(images)):
+        image = image_trigger(index) if uses_image_tokens(config, caption) else ""
+        image_triggers.append(image)
         if caption.strip():
             prompts.append((caption_prompt(caption, config.trigger, config.kind),))
-        elif lacks_context:
-            prompts.append(tuple(with_context(prompt, config.kind, contexts[-1]) for prompt in templates))
         else:
-            prompts.append(templates)
-    pixels = [fit(image[..., :3], config.size) for image in images]
+            prompts.append(image_prompts(config.kind, config.trigger, image) if image else templates)
+    pixels = [resize(image[..., :3], config.size) for image in images]
     latents = encode_images(pixels)
     mirrored = encode_images([image.flip(2) for image in pixels]) if config.flip_probability else []
-    fitted_masks = [
+    latent_masks = [
         _latent_mask(mask, image, latent, config.size, number)
         for number, (mask, image, latent) in enumerate(zip(masks, images, latents, strict=False), 1)
     ]
-    return Dataset(latents, mirrored, fitted_masks, prompts, contexts)
+    return Dataset(latents, mirrored, latent_masks, prompts, image_triggers)
 
 
 def _latent_mask(mask: Tensor, image: Tensor, latent: Tensor, size: int, number: int) -> Tensor:
-    """The mask (1, H, W) as seen by the latent: one channel of it. It takes the same way as its picture."""
+    """The mask (1, H, W) at the resolution of the latent, one channel of it. Resized and cropped as its picture."""
     full = F.interpolate(mask.reshape(1, 1, *mask.shape[-2:]).float(), tuple(image.shape[1:3]), mode="area")
-    fitted = fit(full.movedim(1, -1), size).movedim(-1, 1)  # (1, 1, H', W')
-    small = F.interpolate(fitted, tuple(latent.shape[-2:]), mode="area")[0].clamp(0, 1)
+    resized = resize(full.movedim(1, -1), size).movedim(-1, 1)  # (1, 1, H', W')
+    small = F.interpolate(resized, tuple(latent.shape[-2:]), mode="area")[0].clamp(0, 1)
     if small.max() <= 0:
-        raise UserError(f"Mask {number} is empty at training size: it must be white where to learn.")
+        raise UserError(f"Mask {number} is empty after resizing: make its white area larger.")
     return small.reshape(1, *[1] * (latent.ndim - 3), *small.shape[-2:]).clone()
 
 
 def training_batches(dataset: Dataset, config: TrainConfig, generator: torch.Generator) -> Iterator[Batch]:
-    """Endless random batches, each of one shape; within a shape every picture has its turn."""
+    """Endless random batches, each of one shape. Within a shape every picture is drawn equally often."""
     groups = dataset.shapes()
     orders = [_shuffled(group, generator) for group in groups]
     sizes = torch.tensor([len(group) for group in groups], dtype=torch.float64)

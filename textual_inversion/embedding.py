@@ -1,4 +1,4 @@
-"""The word that is learned: its trigger and one matrix of vectors per text encoder."""
+"""What is learned: a trigger and one matrix of vectors per text encoder."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .errors import UserError
 
-# ComfyUI's names of text encoders, which are the keys of its embedding files.
+# ComfyUI's names of text encoders, which are the keys of its embedding files. The adapter for ComfyUI finds out
+# what the running one has; this is what 0.30.0 has, which a test compares.
 ENCODERS = (
     "clip_l",
     "clip_g",
@@ -34,24 +35,41 @@ ENCODERS = (
     "qwen35_2b",
     "qwen3vl_8b",
     "qwen3vl_32b",
+    "qwen3vl_4b",
+    "qwen35_08b",
+    "qwen35_4b",
+    "qwen35_9b",
+    "qwen35_27b",
+    "gemma4",
+    "t5base",
+    "umt5base",
+    "t5gemma",
+    "byt5_small",
+    "gpt_oss",
+    "hidream_o1",
+    "lyrics",
+    "sam3_clip",
 )
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A word and its vectors.
+    """A trigger and its vectors.
 
     ``vectors`` maps a text encoder's key (ComfyUI's names: ``clip_l``, ``clip_g``, ...) to a float32
     tensor of shape (vectors, width). In training these are the only parameters.
+
+    ``unnamed`` are the keys that name no text encoder: what a file had instead, such as ``*`` or the trigger.
     """
 
     trigger: str
     vectors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
+    unnamed: frozenset[str] = frozenset()
 
     @property
     def count(self) -> int:
-        """Tokens the word takes in a prompt: the same for every encoder."""
+        """Tokens that the trigger takes in a prompt: the same for every encoder."""
         return max(tensor.shape[0] for tensor in self.vectors.values())
 
     def parameters(self) -> Iterator[Tensor]:
@@ -65,17 +83,17 @@ class Embedding:
         """A copy on the CPU, cut from every graph."""
         return self._map(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
 
-    def fitted(self, encoders: dict[str, int]) -> "Embedding":
+    def for_encoders(self, encoders: dict[str, int]) -> "Embedding":
         """The vectors by the keys of these encoders, ``{"clip_l": 768}``: found by key, then by width.
 
-        By width only what has no encoder's name, and only where one fits one.
+        By width only unnamed ones, and only where one fits one.
         Raises UserError, naming both sides, where an encoder is left without vectors.
         """
         found = {}
         for key, width in encoders.items():
             same = [width] == [w for w in encoders.values() if w == width]
-            nameless = [name for name, t in self.vectors.items() if name not in ENCODERS and t.shape[-1] == width]
-            choice = key if key in self.vectors else nameless[0] if same and len(nameless) == 1 else None
+            unnamed = [name for name, t in self.vectors.items() if name in self.unnamed and t.shape[-1] == width]
+            choice = key if key in self.vectors else unnamed[0] if same and len(unnamed) == 1 else None
             if choice is None or self.vectors[choice].shape[-1] != width:
                 ours = {name: tensor.shape[-1] for name, tensor in self.vectors.items()}
                 raise UserError(
@@ -83,7 +101,7 @@ class Embedding:
                     f"the model takes {_list(encoders)}."
                 )
             found[key] = self.vectors[choice]
-        return replace(self, vectors=found)
+        return replace(self, vectors=found, unnamed=frozenset())
 
     def scaled(self, strength: float) -> "Embedding":
         return self._map(lambda tensor: tensor * strength)
@@ -109,13 +127,13 @@ def named_by_width(embedding: Embedding) -> Embedding:
     usual = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
     vectors = {}
     for key, tensor in embedding.vectors.items():
-        name = key if key in ENCODERS else usual.get(tensor.shape[-1], key)
+        name = usual.get(tensor.shape[-1], key) if key in embedding.unnamed else key
         if name in vectors:
             raise UserError(
                 f"{embedding.trigger!r} has two sets of vectors for {name}: {', '.join(embedding.vectors)}."
             )
         vectors[name] = tensor
-    return replace(embedding, vectors=ordered(vectors))
+    return replace(embedding, vectors=ordered(vectors), unnamed=embedding.unnamed.intersection(vectors))
 
 
 def ordered(vectors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,9 +11,3 @@ class TrainingError(RuntimeError):
 
 class TrainingStopped(RuntimeError):
     """Training ended early, but the vectors of earlier steps are good."""
-
-
-def does_not_fit(vectors: int, prompt: str) -> UserError:
-    return UserError(
-        f"A word of {vectors} vectors does not fit into the prompt {prompt!r}: use fewer vectors or a shorter prompt."
-    )

@@ -1,14 +1,14 @@
 """Embedding files of every tool: recognised by content, read without running code, written and read back.
 
 docs/formats.md lists who writes what.  ``read`` gives vectors the names the file has for them;
-``Embedding.fitted`` finds the text encoder each belongs to.
+``Embedding.for_encoders`` finds the text encoder each belongs to.
 """
 
 import base64
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from uuid import uuid4
@@ -22,57 +22,64 @@ from torch import Tensor
 from .containers import BUNDLE, PNG_TEXT, check_shape, open_file
 from .embedding import ENCODERS, Embedding, named_by_width, ordered
 from .errors import UserError
+from .prompts import RESERVED_NAMES
 
 SPELLINGS = {"t5": "t5xxl"}
 NAMELESS = {"", "*", "emb_params", "emp_params", "string_to_param.*"}  # keys that are no trigger word
 _NAME = re.compile(r"[\w\-+ ]{1,100}")
-_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 # Reading -----------------------------------------------------------------------------------------
 
 
-def read(path: Path, word: str = "") -> Embedding:
-    """Reads an embedding; ``word`` chooses one where a file holds several.
+def read(path: Path, trigger: str = "", encoders: Collection[str] = ENCODERS) -> Embedding:
+    """Reads an embedding; ``trigger`` chooses one where a file holds several.
 
-    The metadata key ``left out`` names vectors that are no token embeddings.
+    Keys of the file that are none of ``encoders`` say nothing about the vectors: they are ``unnamed``.
+    The metadata key ``left out`` names vectors that are not token embeddings.
 
-    Raises UserError, naming what is in the file, for a file that is no embedding.
+    Raises UserError, naming what is in the file, for a file that is not an embedding.
     """
     tensors, metadata = open_file(path)
-    words = _by_word(tensors)
-    if word not in words and len(words) > 1:
-        raise UserError(f"{path.name} holds the words {', '.join(words)}: choose one of them.")
-    name, vectors = (word, words[word]) if word in words else next(iter(words.items()), ("", {}))
+    found = _by_trigger(tensors)
+    if trigger not in found and len(found) > 1:
+        raise UserError(f"{path.name} contains the embeddings {', '.join(found)}: choose one of them.")
+    name, vectors = (trigger, found[trigger]) if trigger in found else next(iter(found.items()), ("", {}))
     outputs = [key for key in vectors if key.endswith("_out")]
     if outputs:  # OneTrainer's vectors behind the text encoder: no prompt can carry them
         metadata["left out"] = ", ".join(outputs)
     vectors = {SPELLINGS.get(key, key): _matrix(key, t, path) for key, t in vectors.items() if key not in outputs}
     if not vectors:
-        raise UserError(f"{path.name} holds no token vectors{', only ' + ', '.join(outputs) if outputs else ''}.")
-    token = next((key for key in vectors if key not in NAMELESS and key not in ENCODERS), "")
-    return Embedding(metadata.get("trigger") or name or token or path.stem, ordered(vectors), metadata)
+        raise UserError(f"{path.name} contains no token vectors{', only ' + ', '.join(outputs) if outputs else ''}.")
+    unnamed = [key for key in vectors if key not in encoders]
+    token = next((key for key in unnamed if key not in NAMELESS), "")
+    spelled = metadata.get("trigger") or name or token or path.stem
+    return Embedding(spelled, ordered(vectors), metadata, frozenset(unnamed))
 
 
-def read_pair(first: Path, second: Path) -> Embedding:
-    """The two files, one per text encoder, that diffusers' SDXL script writes for one word."""
-    one, two = read(first), read(second)
-    others = {key if key in ENCODERS else f"{key} of {second.name}": tensor for key, tensor in two.vectors.items()}
+def read_pair(first: Path, second: Path, encoders: Collection[str] = ENCODERS) -> Embedding:
+    """The two files, one per text encoder, that diffusers' SDXL script writes for one trigger."""
+    one, two = read(first, encoders=encoders), read(second, encoders=encoders)
+    names = {key: f"{key} of {second.name}" if key in two.unnamed else key for key in two.vectors}
+    others = {names[key]: tensor for key, tensor in two.vectors.items()}
     if one.vectors.keys() & others.keys():
-        raise UserError(f"{first.name} and {second.name} hold vectors for the same text encoder: choose its partner.")
-    return Embedding(one.trigger, one.vectors | others, two.metadata | one.metadata)
+        raise UserError(
+            f"{first.name} and {second.name} have vectors for the same text encoder: choose the other file of the pair."
+        )
+    unnamed = one.unnamed.union(names[key] for key in two.unnamed)
+    return Embedding(one.trigger, one.vectors | others, two.metadata | one.metadata, unnamed)
 
 
-def _by_word(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Vectors by word and key; the word is "" where the file holds one word without a name."""
-    words: dict[str, dict[str, Tensor]] = {}
+def _by_trigger(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Vectors by trigger and key; the trigger is "" where the file holds one embedding without a name."""
+    found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        word = ""
+        trigger = ""
         if key.startswith(BUNDLE):
-            word, _, key = key.removeprefix(BUNDLE).partition(".")
-        words.setdefault(word, {})[key] = tensor
-    return words
+            trigger, _, key = key.removeprefix(BUNDLE).partition(".")
+        found.setdefault(trigger, {})[key] = tensor
+    return found
 
 
 def _matrix(key: str, tensor: Tensor, path: Path) -> Tensor:
@@ -80,7 +87,7 @@ def _matrix(key: str, tensor: Tensor, path: Path) -> Tensor:
     check_shape(key, tuple(tensor.shape), tensor.dtype in FLOATS and tensor.layout == torch.strided, path)
     matrix = tensor.detach().reshape(-1, tensor.shape[-1]).to("cpu", torch.float32, copy=True)
     if not torch.isfinite(matrix).all():
-        raise UserError(f"{path.name} is no usable embedding: {key} holds NaN or infinite values.")
+        raise UserError(f"{path.name} is not a usable embedding: {key} contains NaN or infinite values.")
     return matrix.contiguous()
 
 
@@ -118,7 +125,7 @@ def _diffusers(embedding: Embedding, picture: Image.Image | None) -> list[File]:
 
 def _concepts_library(embedding: Embedding, picture: Image.Image | None) -> list[File]:
     """``learned_embeds.bin``: one vector has one dimension."""
-    tensor = _only(embedding, "The format of the concepts library")
+    tensor = _only(embedding, "A file of the concepts library")
     return [File("", _pickled({embedding.trigger: tensor[0] if len(tensor) == 1 else tensor}), [tensor])]
 
 
@@ -150,7 +157,9 @@ def _a1111_content(embedding: Embedding) -> dict[str, Any]:
 
 def _only(embedding: Embedding, what: str) -> Tensor:
     if len(embedding.vectors) > 1:
-        raise UserError(f"{what} holds vectors for one text encoder; this word has {', '.join(embedding.vectors)}.")
+        raise UserError(
+            f"{what} has vectors for only one text encoder; this embedding has {', '.join(embedding.vectors)}."
+        )
     return next(iter(embedding.vectors.values()))
 
 
@@ -194,7 +203,7 @@ def write(
             temporary.write_bytes(file.data)
             again = list(read(temporary).vectors.values())
             if sorted(map(_bytes, again)) != sorted(map(_bytes, file.vectors)):
-                raise UserError(f"{target.name} could not be read back as it was written: nothing was kept.")
+                raise UserError(f"{target.name} could not be read back as it was written, so it was not kept.")
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -213,10 +222,10 @@ def file_name(name: str) -> str:
     Raises UserError where nothing sensible is left.
     """
     if any(sign in name for sign in "/\\.:"):
-        raise UserError(f"The name {name!r} must not contain slashes, dots or colons: give a plain name.")
+        raise UserError(f"The name {name!r} must not contain slashes, dots or colons: enter a plain name.")
     clean = re.sub(r"[^\w\-+]", "_", name).strip("_") or "embedding"
-    if not _NAME.fullmatch(clean) or _RESERVED.fullmatch(clean):
-        raise UserError(f"{name!r} cannot name a file: choose a short name of letters and digits.")
+    if not _NAME.fullmatch(clean) or RESERVED_NAMES.fullmatch(clean):
+        raise UserError(f"{name!r} cannot be the name of a file: enter a short name of letters and digits.")
     return clean
 
 

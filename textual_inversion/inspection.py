@@ -1,17 +1,15 @@
-"""What is in an embedding: how long its vectors are, and which words they come close to."""
+"""Describes an embedding: the length of its vectors and the words nearest to them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from .embedding import Embedding
 from .vocabulary import Vocabulary
 
 NEAREST = 5
-_LONGEST = 1000  # characters of a metadata value; kohya's trainer writes every caption of a data set into one
+_LONGEST = 1000  # characters shown of a metadata value: kohya's trainer writes all captions of a data set into one
 
 
 @dataclass(frozen=True)
@@ -21,52 +19,35 @@ class Vectors:
     key: str
     width: int
     lengths: list[float]  # of each vector
-    usual: tuple[float, float, float] | None = None  # 5 %, 50 % and 95 % of the vocabulary's words are shorter
-    nearest: list[list[tuple[str, float]]] | None = None  # of each vector, words with cosines; none for zeros
+    usual: tuple[float, float, float] | None = None  # 5%, 50% and 95% quantiles of the length of the vocabulary's words
+    nearest: list[list[tuple[str, float]]] | None = None  # words and cosines for each vector; none for a zero vector
 
 
 def inspect(embedding: Embedding, vocabularies: Mapping[str, Vocabulary]) -> list[Vectors]:
-    """The facts about every text encoder of ``embedding``; beside words where ``vocabularies`` has the key."""
+    """Measures the vectors of every text encoder, and compares them with its words if ``vocabularies`` has its key."""
     found = []
     for key, rows in embedding.vectors.items():
         usual = nearest = None
         if key in vocabularies:
-            usual, nearest = _beside_words(rows, vocabularies[key])
+            lengths = vocabularies[key].word_lengths()
+            low, middle, high = lengths.quantile(torch.tensor([0.05, 0.5, 0.95]).to(lengths)).tolist()
+            usual, nearest = (low, middle, high), vocabularies[key].nearest(rows, NEAREST)
         found.append(Vectors(key, rows.shape[-1], rows.norm(dim=1).tolist(), usual, nearest))
     return found
 
 
 def describe(embedding: Embedding, found: list[Vectors]) -> str:
-    """Text for people: the word, its metadata as they are, then every vector."""
+    """A readable text: the trigger word, the metadata, then every vector."""
     lines = [f"{embedding.trigger}: {embedding.describe()}"]
     for key, value in embedding.metadata.items():
         lines.append(f"{key}: {value[:_LONGEST]}{' ...' if len(value) > _LONGEST else ''}")
     for part in found:
-        words = ""
+        ordinary = ""
         if part.usual:
             low, middle, high = part.usual
-            words = f"; words are {low:.3f} to {high:.3f} long, usually {middle:.3f}"
-        lines.append(f"{part.key}: {len(part.lengths)} x {part.width}{words}")
+            ordinary = f"; ordinary words: {low:.3f} to {high:.3f}, median {middle:.3f}"
+        lines.append(f"{part.key}: {len(part.lengths)} x {part.width}{ordinary}")
         for number, length in enumerate(part.lengths):
             near = ", ".join(f"{word} {cosine:.2f}" for word, cosine in part.nearest[number]) if part.nearest else ""
             lines.append(f"  {number + 1}: length {length:.3f}{'; nearest: ' if near else ''}{near}")
     return "\n".join(lines)
-
-
-def _beside_words(
-    rows: Tensor, vocabulary: Vocabulary
-) -> tuple[tuple[float, float, float], list[list[tuple[str, float]]]]:
-    """Of ``rows`` (vectors, width) all at once: a vocabulary is hundreds of megabytes to read."""
-    words = vocabulary.words()
-    table = vocabulary.vectors[torch.tensor(list(words), device=vocabulary.vectors.device)].float()  # (words, width)
-    lengths = table.norm(dim=1)
-    low, middle, high = lengths.quantile(torch.tensor([0.05, 0.5, 0.95]).to(lengths)).tolist()
-    rows = F.normalize(rows.to(table), dim=1)
-    cosines = rows @ F.normalize(table, dim=1).T  # (vectors, words)
-    best = cosines.topk(min(NEAREST, len(words)))
-    spelled = list(words.values())
-    nearest = [
-        [(spelled[i], cosine) for i, cosine in zip(numbers, values, strict=True)] if row.any() else []
-        for row, numbers, values in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-    return (low, middle, high), nearest

@@ -1,11 +1,11 @@
-"""The loss of a batch: how far the word is from explaining the pictures."""
+"""The loss of a batch: how far the embedding is from explaining the pictures."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .adapters.protocol import DiffusionModel
+from .adapters.protocol import TrainableModel
 from .dataset import Batch
 from .embedding import Embedding
 
@@ -23,8 +23,8 @@ def denoising_loss(
         denoised: the model's estimate of the clean latents, (B, C, h, w), or (B, C, 1, h, w) of a video model.
         latents: the clean latents, of the same shape.
         sigmas: noise levels, (B,).
-        weights: ``DiffusionModel.loss_weights(sigmas)``, (B,).
-        masks: weights in 0..1, one channel; a picture counts the same whatever its mask covers.
+        weights: ``TrainableModel.loss_weights(sigmas)``, (B,).
+        masks: weights in 0..1, one channel; every picture counts the same, however much its mask covers.
     """
     per_row = (-1, *[1] * (latents.ndim - 1))
     error = ((denoised.float() - latents) / sigmas.view(per_row)).square() * weights.view(per_row)  # (B, C, h, w)
@@ -34,19 +34,19 @@ def denoising_loss(
     return per_picture.mean()
 
 
-def batch_loss(model: DiffusionModel, words: Sequence[Embedding], batch: Batch) -> Tensor:
-    """The loss of one batch, a scalar that the vectors of ``words`` can be differentiated by."""
+def batch_loss(model: TrainableModel, embeddings: Sequence[Embedding], batch: Batch) -> Tensor:
+    """The loss of one batch, a scalar that the vectors of ``embeddings`` can be differentiated by."""
     latents = batch.latents.to(model.device)
     masks = None if batch.masks is None else batch.masks.to(model.device)
     sigmas = model.sample_sigmas(batch.quantiles)
     noised = model.add_noise(latents, batch.noise.to(model.device), sigmas)
-    conditioning = model.encode_prompts(batch.prompts, *words)
+    conditioning = model.encode_prompts(batch.prompts, *embeddings)
     denoised = model.denoise(noised, sigmas, conditioning)
     return denoising_loss(denoised, latents, sigmas, model.loss_weights(sigmas), masks)
 
 
 @torch.no_grad()
-def mean_loss(model: DiffusionModel, words: Sequence[Embedding], batches: Sequence[Batch]) -> float:
+def mean_loss(model: TrainableModel, embeddings: Sequence[Embedding], batches: Sequence[Batch]) -> float:
     """The loss over fixed batches, every row counting the same."""
     rows = sum(len(batch.prompts) for batch in batches)
-    return sum(batch_loss(model, words, b).item() * len(b.prompts) for b in batches) / rows
+    return sum(batch_loss(model, embeddings, b).item() * len(b.prompts) for b in batches) / rows

@@ -1,50 +1,99 @@
-"""How the vectors move."""
+"""How the vectors move. ``OPTIMIZERS`` lists the choices; to add one, add a row and its name in config.py."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from .config import TrainConfig
-from .embedding import Embedding
-
-# How much further throw-away words turn together than each alone (docs/method.md).
-TOGETHER = 2.0
+from .config import OptimizerName, TrainConfig
+from .errors import UserError
+from .image_tokens import SHARED_UPDATE_WEIGHT, TrainedTokens
 
 
-def make_optimizer(embedding: Embedding, contexts: Sequence[Embedding], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of ``config`` for the vectors of the word and of the throw-away words."""
-    words = [embedding, *contexts]
-    if config.optimizer == "adamw":
-        betas, decay = (config.momentum, 0.999), config.weight_decay
-        parameters = [vectors for word in words for vectors in word.parameters()]
-        return torch.optim.AdamW(parameters, config.learning_rate, betas, weight_decay=decay)
-    groups: list[dict] = [{"params": list(embedding.parameters()), "pull": config.editability}]
-    if contexts:  # those of one text encoder together
-        by_encoder = zip(*(context.parameters() for context in contexts), strict=True)
-        groups += [{"params": list(vectors), "together": TOGETHER} for vectors in by_encoder]
-    return Sphere(groups, config.learning_rate, config.momentum)
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One choice of the setting ``optimizer``."""
+
+    make: Callable[[TrainedTokens, TrainConfig, float], torch.optim.Optimizer]
+    """The optimizer of everything a run trains, at this learning rate."""
+    learning_rate: float
+    """Used where the setting ``learning_rate`` is 0."""
+    keeps_length: bool
+    """Whether vectors stay as long as they were at the start; averaged vectors then do too."""
+    ignores: tuple[str, ...] = ()
+    """Settings without effect."""
+
+
+def learning_rate(config: TrainConfig) -> float:
+    """The highest learning rate of the run."""
+    return config.learning_rate or OPTIMIZERS[config.optimizer].learning_rate
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Raises UserError for a setting that was changed although the chosen optimizer ignores it."""
+    defaults = {item.name: item.default for item in fields(TrainConfig)}
+    for name in OPTIMIZERS[config.optimizer].ignores:
+        if getattr(config, name) != defaults[name]:
+            raise UserError(
+                f"{name} has no effect with optimizer {config.optimizer}: set it back to {defaults[name]}, "
+                "or choose another optimizer."
+            )
+
+
+def make_optimizer(tokens: TrainedTokens, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that ``config`` asks for. Raises UserError as ``check_settings`` does."""
+    check_settings(config)
+    return OPTIMIZERS[config.optimizer].make(tokens, config, learning_rate(config))
+
+
+def _sphere(tokens: TrainedTokens, config: TrainConfig, rate: float) -> torch.optim.Optimizer:
+    groups: list[dict] = [{"params": list(tokens.concept.parameters()), "anchor_strength": config.editability}]
+    if tokens.per_image:  # those of one text encoder share a group
+        by_encoder = zip(*(embedding.parameters() for embedding in tokens.per_image), strict=True)
+        groups += [{"params": list(rows), "shared_update_weight": SHARED_UPDATE_WEIGHT} for rows in by_encoder]
+    return Sphere(groups, rate, config.momentum)
+
+
+def _adamw(tokens: TrainedTokens, config: TrainConfig, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(tokens.parameters(), rate, (config.momentum, 0.999), weight_decay=config.weight_decay)
+
+
+OPTIMIZERS: dict[OptimizerName, OptimizerSpec] = {
+    "sphere": OptimizerSpec(_sphere, learning_rate=0.3, keeps_length=True, ignores=("weight_decay",)),
+    "adamw": OptimizerSpec(_adamw, learning_rate=0.005, keeps_length=False, ignores=("editability",)),
+}
 
 
 class Sphere(torch.optim.Optimizer):
-    """Turns vectors and keeps their length: Riemannian descent with normalised gradients.
+    """Rotates vectors and keeps their length: Riemannian descent with normalised gradients.
 
     The length of a token's vector is how loud it is in a prompt, and AdamW lets it grow to many
     times that of a word; the direction is what it means (Directional Textual Inversion, ICLR 2026).
-    ``pull`` draws towards where the vectors started, with this share of the running gradient's
-    length, so that masks, batch size and the loss's scale do not change what it does. ``together``
-    adds this many times the mean turn of a group to each of its matrices, also to one without a
-    gradient: what all have in common is learned faster than what sets each apart.
 
     Args:
-        params: matrices (vectors, width), or groups of them with their own ``pull`` and ``together``.
-        lr: radians that a step turns a vector by, where the gradients agree.
-        momentum: share of the past in the running mean of the gradient.
+        params: matrices (vectors, width), or groups of them with their own options.
+        lr: radians that one step rotates a vector by, where the gradients agree.
+        momentum: EMA decay of the gradient.
+        anchor_strength: pulls each vector back to where it started, with this share of the length of
+            the averaged gradient; so masks, batch size and the scale of the loss do not change its effect.
+        shared_update_weight: adds this many times the mean update of the group to each of its
+            matrices, also to one without a gradient: what all have in common is learned faster than
+            what sets each apart.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.9, pull: float = 0.0, together: float = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "pull": pull, "together": together})
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.9,
+        anchor_strength: float = 0.0,
+        shared_update_weight: float = 0.0,
+    ):
+        defaults = {"lr": lr, "momentum": momentum}
+        defaults |= {"anchor_strength": anchor_strength, "shared_update_weight": shared_update_weight}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -52,17 +101,17 @@ class Sphere(torch.optim.Optimizer):
             raise NotImplementedError("Sphere takes no closure")
         for group in self.param_groups:
             moved = [vectors for vectors in group["params"] if vectors.grad is not None]
-            turns = {vectors: self._turn(vectors, vectors.grad, group) for vectors in moved}
-            if group["together"] and turns:
-                common = group["together"] * sum(turns.values()) / len(turns)
-                turns = {vectors: turns.get(vectors, 0) + common for vectors in group["params"]}
-            for vectors, turn in turns.items():
+            updates = {vectors: self._update(vectors, vectors.grad, group) for vectors in moved}
+            if group["shared_update_weight"] and updates:
+                shared = group["shared_update_weight"] * sum(updates.values()) / len(updates)
+                updates = {vectors: updates.get(vectors, 0) + shared for vectors in group["params"]}
+            for vectors, update in updates.items():
                 length, direction = _polar(vectors)
-                turned = direction + group["lr"] * _tangent(turn, direction)
-                vectors.copy_(length * turned / turned.norm(dim=1, keepdim=True))
+                rotated = direction + group["lr"] * _tangent(update, direction)
+                vectors.copy_(length * rotated / rotated.norm(dim=1, keepdim=True))
 
-    def _turn(self, vectors: Tensor, gradient: Tensor, group: dict) -> Tensor:
-        """Where the vectors are to go, a tangent: of length 1 where the gradients agree."""
+    def _update(self, vectors: Tensor, gradient: Tensor, group: dict) -> Tensor:
+        """Where the vectors are to go: a tangent, of length 1 where the gradients agree."""
         state, momentum = self.state[vectors], group["momentum"]
         _, direction = _polar(vectors)
         if not state:
@@ -76,10 +125,10 @@ class Sphere(torch.optim.Optimizer):
         size = math.sqrt(state["square"] / unbiased)
         if size == 0:
             return torch.zeros_like(vectors)
-        turn = -_tangent(state["mean"], direction) / unbiased / size
-        if group["pull"]:
-            turn += group["pull"] * _tangent(state["start"], direction)
-        return turn
+        update = -_tangent(state["mean"], direction) / unbiased / size
+        if group["anchor_strength"]:
+            update += group["anchor_strength"] * _tangent(state["start"], direction)
+        return update
 
 
 def _polar(vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .dataset import fit
+from .dataset import resize
 from .errors import UserError
 
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -18,7 +18,7 @@ ORIENTATION = 0x0112  # EXIF: 1 upright, 2 to 8 turned or mirrored
 
 
 class PictureInfo(NamedTuple):
-    """What can be told of a picture without bringing it to size."""
+    """What is known about a picture without resizing it."""
 
     width: int
     """Pixels, after the camera's rotation."""
@@ -31,7 +31,7 @@ def load_folder(folder: Path, size: int, square: bool = False) -> tuple[list[Ten
     """Pictures (1, H, W, 3) in 0..1, masks (1, H, W) and captions of a folder, by file name.
 
     Rotates as EXIF says; transparent parts become white in the picture and black in the mask.
-    Files that should be pictures and are not are named in a warning and left out.
+    Files that are not pictures are skipped; a warning names them.
 
     Raises UserError when no picture is left, or a caption is not UTF-8.
     """
@@ -44,14 +44,14 @@ def load_folder(folder: Path, size: int, square: bool = False) -> tuple[list[Ten
             continue
         pixels = torch.from_numpy(np.asarray(rgba, dtype=np.float32) / 255)[None]  # (1, H, W, 4)
         alpha = pixels[..., 3:]
-        pixels = fit(torch.cat([pixels[..., :3] * alpha + (1 - alpha), alpha], dim=-1), size, square)
+        pixels = resize(torch.cat([pixels[..., :3] * alpha + (1 - alpha), alpha], dim=-1), size, square)
         images.append(pixels[..., :3])
         masks.append(pixels[..., 3])
         captions.append(caption_of(file))
     if broken:
-        logging.warning("Load Images leaves out what is no picture: %s", ", ".join(broken))
+        logging.warning("Load Images skipped files that are not pictures: %s", ", ".join(broken))
     if not images:
-        raise UserError(f"There is no picture in {folder}: put some there, or choose another folder.")
+        raise UserError(f"There are no pictures in {folder}: put some there, or choose another folder.")
     return images, masks, captions
 
 
@@ -70,7 +70,7 @@ def caption_of(file: Path) -> str:
     try:
         return caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else ""
     except UnicodeDecodeError as error:
-        raise UserError(f"{caption.name} is not UTF-8: save it anew with that encoding.") from error
+        raise UserError(f"{caption.name} is not UTF-8 text: save it again as UTF-8.") from error
 
 
 def picture_info(file: Path) -> PictureInfo | None:

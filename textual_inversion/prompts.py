@@ -1,6 +1,7 @@
-"""What the pictures are called during training: templates and captions, and the rules for the word."""
+"""The prompts of the pictures during training, from templates or captions, and the rules for trigger words."""
 
 import re
+from collections.abc import Iterable
 
 from .errors import UserError
 
@@ -41,32 +42,32 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Words around a caption that does not say where the new word belongs.
-CAPTION_FRAMES = {"object": "a photo of {}, ", "face": "a photo of {}, ", "style": "in the style of {}, "}
+# What is put in front of a caption that does not contain the trigger word.
+CAPTION_PREFIXES = {"object": "a photo of {}, ", "face": "a photo of {}, ", "style": "in the style of {}, "}
 
 _FORBIDDEN = re.compile(r"[\s/\\.:,;()\[\]{}|\"']")
-_RESERVED_NAMES = re.compile(r"(?i)^(con|prn|aux|nul|com\d|lpt\d)$")
+RESERVED_NAMES = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)")  # of Windows' devices
 _LONGEST = 64
 
 
 def check_trigger(trigger: str) -> None:
     """Raises UserError for a trigger word that prompts or file names could not carry."""
     if not trigger:
-        raise UserError("The trigger word is empty: write the word you want to use in prompts.")
+        raise UserError("The trigger word is empty: enter the word you want to use in prompts.")
     if len(trigger.encode()) > _LONGEST:
         raise UserError(
-            f"The trigger word has {len(trigger.encode())} bytes; use at most {_LONGEST}, it also names files."
+            f"The trigger word is {len(trigger.encode())} bytes long; use at most {_LONGEST}: it also names files."
         )
     if match := _FORBIDDEN.search(trigger):
         raise UserError(
             f"The trigger word {trigger!r} contains {match.group()!r}; use letters, digits and "
-            "signs such as * - _ < > without spaces, slashes, dots, brackets or commas."
+            "characters such as * - _ < > without spaces, slashes, dots, brackets or commas."
         )
     if trigger.startswith("embedding"):
-        raise UserError("The trigger word must not start with 'embedding': prompts give that a meaning.")
+        raise UserError("The trigger word must not start with 'embedding': ComfyUI reads that as a file name.")
     if not trigger.isprintable():
-        raise UserError("The trigger word contains invisible characters: write it anew.")
-    if _RESERVED_NAMES.match(trigger):
+        raise UserError("The trigger word contains invisible characters: type it again.")
+    if RESERVED_NAMES.fullmatch(trigger):
         raise UserError(f"Windows reserves the name {trigger!r}: choose another trigger word.")
 
 
@@ -80,44 +81,45 @@ def trigger_pattern(trigger: str) -> re.Pattern[str]:
 
 
 def templates_for(kind: str, template: str) -> tuple[str, ...]:
-    """The prompts of pictures without captions, each with a ``{}`` slot."""
+    """The prompts of pictures without captions, each with a ``{}`` for the trigger word."""
     if kind != "custom":
         return TEMPLATES[kind]
     return tuple(line.strip() for line in template.splitlines() if line.strip())
 
 
-def place_word(text: str, trigger: str) -> str:
+def place_trigger(text: str, trigger: str) -> str:
     """``text`` with every ``{}`` replaced by the trigger word."""
     return text.replace(SLOT, trigger)
 
 
-def training_prompts(kind: str, template: str, trigger: str) -> tuple[str, ...]:
-    """Template prompts with the word in place. Raises UserError when one lacks the word."""
+def template_prompts(kind: str, template: str, trigger: str) -> tuple[str, ...]:
+    """Template prompts with the trigger word in place. Raises UserError for one without the trigger word."""
     templates = templates_for(kind, template)
     if not templates:
-        raise UserError('Kind "custom" needs a template, such as "a sketch of {}": write one a line.')
-    prompts = tuple(place_word(text, trigger) for text in templates)
+        raise UserError('Kind "custom" needs a template such as "a sketch of {}": enter one per line.')
+    prompts = tuple(place_trigger(text, trigger) for text in templates)
     for text in prompts:
         if not trigger_pattern(trigger).search(text):
-            raise UserError(f"The template {text!r} has no place for the word: put {{}} or {trigger!r} into it.")
+            raise UserError(f"The template {text!r} does not contain {{}} or {trigger!r}: add one of them.")
     return prompts
 
 
 def caption_prompt(caption: str, trigger: str, kind: str) -> str:
-    """A caption as a prompt: ``{}`` or the trigger mark the word; else it is put in front."""
-    prompt = place_word(caption.strip(), trigger)
+    """A caption as a prompt. Where it has neither ``{}`` nor the trigger word, that is put in front."""
+    prompt = place_trigger(caption.strip(), trigger)
     if trigger_pattern(trigger).search(prompt):
         return prompt
-    frame = CAPTION_FRAMES.get(kind, "{}, ")
-    return place_word(frame, trigger) + prompt
+    return place_trigger(CAPTION_PREFIXES.get(kind, "{}, "), trigger) + prompt
 
 
-def with_context(prompt: str, kind: str, context: str) -> str:
-    """The template prompt with a second word for what only one picture shows.
+def check_whole(counts: Iterable[int], vectors: int, prompt: str) -> None:
+    """Raises UserError unless a text encoder sees all ``vectors`` of an embedding in ``prompt``.
 
-    That is its scene, or under a style its content. The language has to expect it where it stands:
-    appended after a comma it takes nothing off the word (docs/method.md).
+    ``counts`` has how many of them each section of the prompt holds. An embedding that is named
+    twice gives multiples; one that was cut off or torn apart gives fractions.
     """
-    if kind == "style":
-        return prompt.replace(" in the style of", f" of {context} in the style of")
-    return f"{prompt} on a {context} background"
+    counts = list(counts)
+    if not any(counts) or any(count % vectors for count in counts):
+        raise UserError(
+            f"The prompt {prompt!r} has no room for {vectors} vectors: use fewer vectors or a shorter prompt."
+        )

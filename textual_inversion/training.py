@@ -1,48 +1,62 @@
 """The only training loop."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
 
-from .adapters.protocol import DiffusionModel
+from .adapters.protocol import TrainableModel
 from .config import TrainConfig
 from .dataset import Batch, Dataset, fixed_batches, training_batches
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
-from .memory import make_room
+from .image_tokens import TrainedTokens, new_image_tokens
+from .memory import enable_checkpointing_if_needed
 from .objective import batch_loss, mean_loss
-from .optimizers import make_optimizer
-from .state import TrainState
-from .vocabulary import Vocabulary
+from .optimizers import OPTIMIZERS, learning_rate, make_optimizer
+from .state import Progress, TrainState
 
-# Share by which the loss on fixed noise must fall to count: less is beneath what held-out pictures show.
-PROGRESS = 0.01
+# A fixed loss that is lower by less than this share is no improvement: held-out pictures do not show it.
+IMPROVEMENT = 0.01
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did. The first one is the state before: of step 0, or of a saved one."""
+    """What one optimizer step did. The first one is the state before training, or the resumed state."""
 
-    number: int
-    loss: float
-    """Loss on the random batch of this step, noisy; of step 0 the loss on fixed noise."""
+    progress: Progress
     learning_rate: float
     fixed_loss: float | None
-    """Loss on fixed noise, comparable between steps; None where it was not measured."""
-    best: Embedding
-    """The vectors with the lowest fixed loss so far."""
-    best_number: int
-    best_loss: float
+    """Loss on fixed noise, comparable between steps; None where it was not evaluated."""
     state: TrainState
-    """All that is needed to go on from here. It changes with the next step."""
+    """Everything needed to resume here. Unlike the rest it changes with the next step."""
+
+    @property
+    def number(self) -> int:
+        return self.progress.step
+
+    @property
+    def loss(self) -> float:
+        return self.progress.loss
+
+    @property
+    def best(self) -> Embedding:
+        return self.progress.best
+
+    @property
+    def best_step(self) -> int:
+        return self.progress.best_step
+
+    @property
+    def best_loss(self) -> float:
+        return self.progress.best_loss
 
 
 def train(
-    model: DiffusionModel,
+    model: TrainableModel,
     embedding: Embedding,
     dataset: Dataset,
     config: TrainConfig,
@@ -51,110 +65,107 @@ def train(
     """Learns v* = argmin E ||eps - eps_theta(z_t, t, c_theta(y))||^2 (arXiv 2208.01618, equation 2).
 
     Yields after every optimizer step and changes ``embedding`` (see ``Embedding.trainable``) in
-    place; the model stays as it is. The caller decides what to show, keep and when to stop; by
-    itself it ends after ``config.steps``, or when ``config.patience`` measurements brought no progress.
+    place; the model is not changed. The caller decides what to show, what to keep and when to stop.
+    By itself the loop ends after ``config.steps``, or after ``config.patience`` evaluations without
+    an improvement.
 
     ``saved`` is the ``TrainState.to_dict`` of an earlier run with the same pictures and settings:
-    training goes on from it, on a CPU bit for bit as if it had never ended. The state of another
-    model is left alone; the first step's number tells.
+    training resumes there, on a CPU bit for bit. The state of another model is ignored; the number
+    of the first step tells.
 
     Raises:
-        UserError: a prompt of the dataset has no room for the words.
+        UserError: a prompt of the dataset has no room for the vectors, or the optimizer ignores a changed setting.
         TrainingError: no gradient reached the vectors, the very first loss is not finite, or memory ran out.
         TrainingStopped: loss or gradient became NaN, or memory ran out, later; the last step's ``best`` is good.
     """
     generator = torch.Generator().manual_seed(config.seed)
     batches = training_batches(dataset, config, generator)
     fixed = fixed_batches(dataset, config)
-    contexts = context_words(model.vocabularies(), dataset, embedding, config)
-    words = [embedding, *contexts]
-    _check_prompts(model, embedding, contexts, dataset)
-    optimizer = make_optimizer(embedding, contexts, config)
-    make_room(model, words, fixed, config.batch_size)
+    image_tokens = new_image_tokens(model.vocabularies(), dataset.image_triggers, embedding, config.per_image_tokens)
+    tokens = TrainedTokens(embedding, image_tokens)
+    _check_prompts(model, tokens, dataset)
+    optimizer = make_optimizer(tokens, config)
+    enable_checkpointing_if_needed(model, tokens.embeddings, fixed, config.batch_size)
 
-    average = [word.snapshot() for word in words]
-    loss = mean_loss(model, words, fixed)
+    state = _initial_state(model, tokens, optimizer, fixed)
+    fixed_loss = state.progress.initial_loss
+    if saved and state.is_same_model(saved):
+        state.resume(saved)
+        for _ in range(state.progress.step * config.accumulation):  # the random numbers of the steps already done
+            next(batches)
+        fixed_loss = _evaluate_if_due(model, state, fixed, config)
+    yield Step(state.progress, 0.0, fixed_loss, state)
+
+    while state.progress.step < config.steps and not _out_of_patience(state.progress, config):
+        number = state.progress.step + 1
+        drawn = list(islice(batches, config.accumulation))
+        loss = _compute_gradients(model, tokens, drawn, number)
+        _check_gradients(model, tokens, drawn[0], loss, number)
+        rate = learning_rate(config) * learning_rate_factor(number - 1, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        # No interruption point before the progress is set: a saved state must be consistent.
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(state.ema, tokens, min(config.averaging, 1 - 1 / number), OPTIMIZERS[config.optimizer].keeps_length)
+        state.progress = replace(state.progress, step=number, loss=loss)
+        fixed_loss = _evaluate_if_due(model, state, fixed, config)
+        yield Step(state.progress, rate, fixed_loss, state)
+
+
+def _initial_state(
+    model: TrainableModel, tokens: TrainedTokens, optimizer: torch.optim.Optimizer, fixed: Sequence[Batch]
+) -> TrainState:
+    ema = tokens.snapshot()
+    loss = mean_loss(model, tokens.embeddings, fixed)
     if not math.isfinite(loss):
         raise TrainingError(
             "The loss is not a number before the first step: this model or VAE overflows in its "
             "precision. Try a bf16 or fp32 model, or a VAE that works in fp16."
         )
-    best = average[0].snapshot()
-    at = TrainState(words, optimizer, average, best, loss_before=loss, loss=loss, best_loss=loss, mark=loss)
-    fixed_loss = loss
-    if saved and at.fits(saved):
-        at.load(saved)
-        for _ in range(at.number * config.accumulation):  # the random numbers of the steps that are done
-            next(batches)
-        fixed_loss = _measure(model, at, fixed, config)
-    yield Step(at.number, at.loss, 0.0, fixed_loss, at.best, at.best_number, at.best_loss, at)
-
-    while at.number < config.steps and not (config.patience and _idle(at, config) >= config.patience):
-        drawn = list(islice(batches, config.accumulation))
-        loss = _gradients(model, words, drawn, at.number + 1)
-        _check_gradients(model, words, drawn[0], loss, at.number + 1)
-        learning_rate = config.learning_rate * learning_rate_factor(at.number, config)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        # From here to the measurement nothing may stop it: the state stays one to go on from.
-        optimizer.step()
-        optimizer.zero_grad()
-        at.number, at.loss = at.number + 1, loss
-        follow(average, words, min(config.averaging, 1 - 1 / at.number), config.optimizer == "sphere")
-        fixed_loss = _measure(model, at, fixed, config)
-        yield Step(at.number, loss, learning_rate, fixed_loss, at.best, at.best_number, at.best_loss, at)
+    return TrainState(tokens, optimizer, ema, Progress(loss, loss, ema.concept.snapshot(), loss, loss))
 
 
-def _measure(model: DiffusionModel, at: TrainState, fixed: Sequence[Batch], config: TrainConfig) -> float | None:
-    """The loss of the running mean on fixed noise, where it is due and not known yet."""
-    due = at.number % config.evaluate_every == 0 or at.number == config.steps
-    if not due or at.measured == at.number:
+def _evaluate_if_due(
+    model: TrainableModel, state: TrainState, fixed: Sequence[Batch], config: TrainConfig
+) -> float | None:
+    """The loss of the averaged vectors on fixed noise, where it is due and not known yet."""
+    progress = state.progress
+    due = progress.step % config.evaluate_every == 0 or progress.step == config.steps
+    if not due or progress.evaluated_step == progress.step:
         return None
-    loss = mean_loss(model, at.average, fixed)
-    at.measured = at.number
-    if loss < at.best_loss:
-        at.best, at.best_number, at.best_loss = at.average[0].snapshot(), at.number, loss
-    if loss < at.mark * (1 - PROGRESS):
-        at.mark, at.mark_number = loss, at.number
+    loss = mean_loss(model, state.ema.embeddings, fixed)
+    found: dict[str, Any] = {"evaluated_step": progress.step}
+    if loss < progress.best_loss:
+        found |= {"best": state.ema.concept.snapshot(), "best_step": progress.step, "best_loss": loss}
+    if loss < progress.last_improved_loss * (1 - IMPROVEMENT):
+        found |= {"last_improved_loss": loss, "last_improved_step": progress.step}
+    state.progress = replace(progress, **found)
     return loss
 
 
-def _idle(at: TrainState, config: TrainConfig) -> int:
-    """Measurements since the last one that was a step forward."""
-    return (at.number - at.mark_number) // config.evaluate_every
+def _out_of_patience(progress: Progress, config: TrainConfig) -> bool:
+    evaluations_without_improvement = (progress.step - progress.last_improved_step) // config.evaluate_every
+    return config.patience > 0 and evaluations_without_improvement >= config.patience
 
 
-def context_words(
-    vocabularies: Mapping[str, Vocabulary], dataset: Dataset, embedding: Embedding, config: TrainConfig
-) -> list[Embedding]:
-    """Trainable throw-away words, one a picture without a caption.
+@torch.no_grad()
+def update_ema(ema: TrainedTokens, tokens: TrainedTokens, decay: float, keep_length: bool) -> None:
+    """Moves the averaged vectors towards the present ones.
 
-    What a picture alone shows lowers the loss through its own word as well, so that the shared word
-    need not explain it. They start at the mean of the vocabulary, as long as the word's vectors.
+    The mean of several directions is shorter than each; ``keep_length`` makes it as long as the vectors.
     """
-    start = {}
-    for key, vocabulary in vocabularies.items():
-        length = embedding.vectors[key].detach().norm(dim=1).mean()
-        mean = vocabulary.mean().to(length)
-        start[key] = (length * mean / mean.norm()).expand(config.context_vectors, -1)
-    return [Embedding(trigger, start).trainable() for trigger in dataset.contexts if trigger]
-
-
-def follow(average: Sequence[Embedding], words: Sequence[Embedding], share: float, keep_length: bool) -> None:
-    """Moves the running mean of the vectors, ``share`` of which is the past, after the words.
-
-    The mean of directions is shorter than each; ``keep_length`` makes it as long as the vectors.
-    """
-    for mean, word in zip(average, words, strict=True):
-        for key, vectors in word.vectors.items():
-            now = vectors.detach().to(mean.vectors[key])
-            mean.vectors[key].lerp_(now, 1 - share)
+    for averaged, embedding in zip(ema.embeddings, tokens.embeddings, strict=True):
+        for key, vectors in embedding.vectors.items():
+            mean = averaged.vectors[key]
+            now = vectors.detach().to(mean)
+            mean.lerp_(now, 1 - decay)
             if keep_length:
-                mean.vectors[key].mul_(now.norm(dim=1, keepdim=True) / mean.vectors[key].norm(dim=1, keepdim=True))
+                mean.mul_(now.norm(dim=1, keepdim=True) / mean.norm(dim=1, keepdim=True))
 
 
 def learning_rate_factor(done: int, config: TrainConfig) -> float:
-    """Factor on the learning rate after ``done`` steps: linear warm-up, then cosine to 0 or constant."""
+    """Factor on the learning rate after ``done`` steps: linear warm-up, then cosine decay to 0, or constant."""
     if done < config.warmup_steps:
         return (done + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -163,54 +174,53 @@ def learning_rate_factor(done: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _gradients(model: DiffusionModel, words: Sequence[Embedding], batches: Sequence[Batch], number: int) -> float:
-    """The mean loss of ``batches``; its gradient is in the vectors. What runs out of memory is tried again once."""
+def _compute_gradients(model: TrainableModel, tokens: TrainedTokens, batches: Sequence[Batch], number: int) -> float:
+    """The mean loss of ``batches``; its gradient is in the vectors. On out-of-memory, retry once with checkpointing."""
     for _ in range(2):
-        for vectors in (vectors for word in words for vectors in word.parameters()):
+        for vectors in tokens.parameters():
             vectors.grad = None
         try:
-            return sum(_backward(model, words, batch, len(batches)) for batch in batches)
+            return sum(_backward(model, tokens, batch, len(batches)) for batch in batches)
         except torch.OutOfMemoryError:
-            if not model.recompute():
+            if not model.enable_gradient_checkpointing():
                 break
     message = (
-        f"Out of memory at step {number}, though activations are recomputed: make size smaller, or batch_size, "
-        "for which accumulation (Textual Inversion Settings) makes up."
+        f"Out of memory at step {number} even with gradient checkpointing. Reduce size, or reduce batch_size "
+        "and raise accumulation (Textual Inversion Settings)."
     )
     raise TrainingStopped(message) if number > 1 else TrainingError(message)
 
 
-def _backward(model: DiffusionModel, words: Sequence[Embedding], batch: Batch, parts: int) -> float:
+def _backward(model: TrainableModel, tokens: TrainedTokens, batch: Batch, parts: int) -> float:
     """Adds the gradient of one of ``parts`` batches and returns its share of the loss.
 
     The gradient of a mean over many latents underflows in fp16 models. Scaled by the number of
     latents, it passes through them as the gradient of a sum.
     """
     scale = batch.latents[0].numel()
-    loss = batch_loss(model, words, batch) / parts
-    if not loss.requires_grad:  # cut off altogether: _check_gradients tells the user
+    loss = batch_loss(model, tokens.embeddings, batch) / parts
+    if not loss.requires_grad:  # cut off completely: _check_gradients tells the user
         return loss.item()
-    parameters = [vectors for word in words for vectors in word.parameters()]
-    for vectors, gradient in zip(
-        parameters, torch.autograd.grad(loss * scale, parameters, allow_unused=True), strict=True
-    ):
-        # A throw-away word that the batch does not name stays where it is.
+    parameters = tokens.parameters()
+    gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+    for vectors, gradient in zip(parameters, gradients, strict=True):
+        # A per-image token that the batch does not name has no gradient of its own.
         if gradient is not None and gradient.any():
             vectors.grad = gradient / scale + (0 if vectors.grad is None else vectors.grad)
     return loss.item()
 
 
-def _check_prompts(model: DiffusionModel, embedding: Embedding, contexts: list[Embedding], dataset: Dataset) -> None:
-    by_trigger = {word.trigger: word for word in contexts}
-    for prompts, context in zip(dataset.prompts, dataset.contexts, strict=True):
-        model.check_prompts(prompts, embedding, *([by_trigger[context]] if context else []))
+def _check_prompts(model: TrainableModel, tokens: TrainedTokens, dataset: Dataset) -> None:
+    per_image = {embedding.trigger: embedding for embedding in tokens.per_image}
+    for prompts, trigger in zip(dataset.prompts, dataset.image_triggers, strict=True):
+        model.check_prompts(prompts, tokens.concept, *([per_image[trigger]] if trigger else []))
 
 
-def _check_gradients(model: DiffusionModel, words: Sequence[Embedding], batch: Batch, loss: float, number: int) -> None:
-    gradients = {key: vectors.grad for key, vectors in words[0].vectors.items()}
+def _check_gradients(model: TrainableModel, tokens: TrainedTokens, batch: Batch, loss: float, number: int) -> None:
+    gradients = {key: vectors.grad for key, vectors in tokens.concept.vectors.items()}
     missing = [key for key, gradient in gradients.items() if gradient is None or not gradient.any()]
-    # A model may ignore one of its encoders. One that it heeds, but without a gradient, is cut off.
-    if number == 1 and missing and (len(missing) == len(gradients) or _heeds(model, words, batch, missing)):
+    # A model may ignore one of its encoders. If the loss depends on it, its missing gradient was cut off.
+    if number == 1 and missing and (len(missing) == len(gradients) or _loss_depends_on(missing, model, tokens, batch)):
         raise TrainingError(
             f"No gradient reached the vectors of {' and '.join(missing)}: the attention in use, "
             f"{model.attention_backend}, cuts it off. Use PyTorch's attention "
@@ -223,8 +233,10 @@ def _check_gradients(model: DiffusionModel, words: Sequence[Embedding], batch: B
 
 
 @torch.no_grad()
-def _heeds(model: DiffusionModel, words: Sequence[Embedding], batch: Batch, keys: Sequence[str]) -> bool:
-    """Whether the loss changes with the word's vectors of these encoders."""
-    turned = {key: -vectors if key in keys else vectors for key, vectors in words[0].vectors.items()}
-    other = batch_loss(model, [replace(words[0], vectors=turned), *words[1:]], batch).item()
-    return not math.isclose(batch_loss(model, words, batch).item(), other, rel_tol=1e-6)
+def _loss_depends_on(keys: Sequence[str], model: TrainableModel, tokens: TrainedTokens, batch: Batch) -> bool:
+    """Whether the loss changes with the concept's vectors of these text encoders."""
+    concept = tokens.concept
+    negated = {key: -vectors if key in keys else vectors for key, vectors in concept.vectors.items()}
+    other = replace(tokens, concept=replace(concept, vectors=negated))
+    losses = [batch_loss(model, some.embeddings, batch).item() for some in (tokens, other)]
+    return not math.isclose(*losses, rel_tol=1e-6)

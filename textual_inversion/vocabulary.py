@@ -1,4 +1,4 @@
-"""What a text encoder knows already: where learning starts, and what a learned word comes close to."""
+"""The words a text encoder already knows: where training starts, and what a learned vector is close to."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ class Vocabulary:
     """The tokens of one text encoder."""
 
     vectors: Tensor  # (tokens, width), the encoder's own table
-    tokens: Mapping[int, str] = field(repr=False)  # by number, as the tokenizer spells them
-    encode: Callable[[str], list[int]] = field(repr=False)  # a text to numbers, without start and end
+    tokens: Mapping[int, str] = field(repr=False)  # by id, as the tokenizer spells them
+    encode: Callable[[str], list[int]] = field(repr=False)  # a text to token ids, without start and end
 
     def words(self) -> dict[int, str]:
         """Tokens that are whole words of three or more plain letters."""
@@ -30,18 +30,34 @@ class Vocabulary:
 
     def word_length(self) -> float:
         """The usual length of a whole word's vector: the median."""
-        return self._rows(list(self.words())).norm(dim=1).median().item()
+        return self.word_lengths().median().item()
 
-    def nearest(self, vector: Tensor, count: int) -> list[tuple[str, float]]:
-        """The whole words whose vectors point most in the direction of ``vector`` (width,), with the cosines."""
+    def mean_direction(self, length: float | Tensor) -> Tensor:
+        """The direction of the mean vector, ``length`` long: (width,) float32 on the CPU."""
+        mean = self.mean().cpu()
+        return length * mean / mean.norm()
+
+    def nearest(self, rows: Tensor, count: int) -> list[list[tuple[str, float]]]:
+        """For each of ``rows`` (vectors, width) the whole words that point most in its direction, with the cosines.
+
+        All rows at once, since a vocabulary is hundreds of megabytes to read. None for a row of zeros.
+        """
         words = self.words()
         table = self._rows(list(words))
-        best = F.cosine_similarity(table, vector.to(table)[None]).topk(min(count, len(table)))
+        rows = F.normalize(rows.to(table), dim=1)
+        best = (rows @ F.normalize(table, dim=1).T).topk(min(count, len(table)))  # (vectors, count)
         spelled = list(words.values())
-        return [(spelled[i], cosine) for i, cosine in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        return [
+            [(spelled[i], cosine) for i, cosine in zip(indices, cosines, strict=True)] if row.any() else []
+            for row, indices, cosines in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
 
-    def falls(self, gradient: Tensor) -> dict[str, float]:
-        """How much a loss with ``gradient`` (width,) falls to first order towards each word, up to a constant."""
+    def word_lengths(self) -> Tensor:
+        """The length of each whole word's vector, (words,)."""
+        return self._rows(list(self.words())).norm(dim=1)
+
+    def first_order_gain(self, gradient: Tensor) -> dict[str, float]:
+        """How far a loss with ``gradient`` (width,) falls towards each word: to first order, up to a constant."""
         words = self.words()
         table = self._rows(list(words))
         return dict(zip(words.values(), (-table @ gradient.to(table)).tolist(), strict=True))
@@ -74,13 +90,13 @@ def initial_embedding(
     for key, vocabulary in vocabularies.items():
         if len(vocabulary.encode(trigger)) == 1:
             raise UserError(
-                f"{trigger!r} is a word the text encoder knows already and would lose: choose a new one, "
+                f"The text encoder already knows the word {trigger!r}: choose a new trigger word, "
                 f"such as '{trigger}-x' or '<{trigger}>'."
             )
         if initializer:
             ids = vocabulary.encode(initializer)
             if not ids:
-                raise UserError(f"The initializer {initializer!r} holds no word: write one, or leave it empty.")
+                raise UserError(f"The initializer {initializer!r} contains no word: enter one, or leave it empty.")
             rows = vocabulary.vectors[ids].float()
         else:
             rows = vocabulary.mean()[None]

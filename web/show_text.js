@@ -1,4 +1,4 @@
-// ComfyUI's own text preview in our nodes that give text; by itself it is in PreviewAny and SaveText alone.
+// Adds ComfyUI's own text preview, which it only uses for PreviewAny and SaveText, to our nodes with text output.
 import { app } from "../../scripts/app.js";
 
 const NODES = ["TI_InspectEmbedding", "TI_SaveEmbedding"];

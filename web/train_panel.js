@@ -1,18 +1,18 @@
-// The live panel of the Train node: how training goes, its loss, its preview pictures, and two buttons.
+// The live panel of the Train node: progress, loss, preview pictures, and two buttons.
 //
-// The server sends the whole record of a run with every event, so a panel shows whatever record came last:
-// from an event, from the list of runs after a page load, or with the output of a run that ComfyUI had cached.
+// The server sends the complete record of a run with every event, so the panel always shows the latest record: from
+// an event, from the list of runs after a page load, or from the node's output if ComfyUI had cached the run.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { LossChart } from "./lib/loss_chart.js";
 import { element, filled } from "./lib/page.js";
 
-const WORDS = {
+const TEXTS = {
   hint: "The loss and the preview pictures appear here during training.",
   encoding: "Encoding pictures",
-  searching: "Searching the word to start from",
-  learning: "Learning: step {step} of {steps}",
+  searching: "Searching for the best initializer",
+  learning: "Training: step {step} of {steps}",
   finishing: "Finishing after {step} steps",
   done: "Done after {step} steps",
   cancelled: "Cancelled at step {step}",
@@ -25,11 +25,11 @@ const WORDS = {
   best: "best at step {step}",
   learningRate: "learning rate {rate}",
   stop: "Stop and keep",
-  stopHelp: "End the training now. The graph goes on with the best vectors so far.",
+  stopHelp: "Stop training now. The workflow continues with the best vectors so far.",
   preview: "Preview now",
-  previewHelp: "Draw a picture with the word as it is now.",
-  refused: "The server did not take it. The run may have ended.",
-  lost: "ComfyUI was started anew. Run the graph again to go on.",
+  previewHelp: "Draw a preview picture with the current vectors.",
+  refused: "ComfyUI did not accept this. The run may have ended.",
+  lost: "ComfyUI was restarted. Queue the workflow again to resume.",
   pictureStep: "step {step}",
   chart: { fixed: "loss on fixed noise", training: "training loss", step: "step {step}" },
 };
@@ -41,7 +41,7 @@ const HEIGHTS = { hint: 20, run: 212, pictures: 92 };
 const MARGIN = 10;
 
 const panels = new WeakMap(); // node -> TrainPanel
-const records = new Map(); // workflow and node -> its latest record, the newest last
+const records = new Map(); // workflow and node -> latest record, in order of arrival
 
 app.registerExtension({
   name: "textualinversion.TrainPanel",
@@ -56,20 +56,20 @@ app.registerExtension({
     if (node.comfyClass === "TI_Train") panels.set(node, new TrainPanel(node));
   },
 
-  /** Every load, undo and change of tab makes the nodes anew. */
+  /** Called after every load, undo and change of tab, which create all nodes again. */
   afterConfigureGraph() {
     records.forEach(show);
   },
 });
 
-/** Fetches the runs that the server knows; what it no longer knows has ended with it. */
+/** Fetches the runs of the server. Active runs that it does not know ended when it was restarted. */
 async function askForRuns() {
   const answer = await api.fetchApi("/textual_inversion/runs");
   const runs = await answer.json();
   const known = new Set(runs.map((record) => record.run));
   for (const record of [...records.values()]) {
     if (ACTIVE.includes(record.state) && !known.has(record.run)) {
-      keep({ ...record, state: "failed", message: WORDS.lost });
+      keep({ ...record, state: "failed", message: TEXTS.lost });
     }
   }
   runs.forEach(keep);
@@ -98,19 +98,19 @@ function nodeAt(executionId) {
 class TrainPanel {
   constructor(node) {
     this.node = node;
-    this.asked = {}; // what the buttons asked for last
+    this.asked = {}; // the latest request of each button
 
-    this.hint = element("div", { className: "ti-hint", textContent: WORDS.hint });
+    this.hint = element("div", { className: "ti-hint", textContent: TEXTS.hint });
     this.state = element("div", { className: "ti-line ti-state" });
     this.details = element("div", { className: "ti-line" });
     this.message = element("div", { className: "ti-message" });
-    this.chart = new LossChart(WORDS.chart);
+    this.chart = new LossChart(TEXTS.chart);
     this.strip = new FilmStrip();
-    this.stop = this.button("stop", WORDS.stop, WORDS.stopHelp);
-    this.preview = this.button("preview", WORDS.preview, WORDS.previewHelp);
+    this.stop = this.button("stop", TEXTS.stop, TEXTS.stopHelp);
+    this.preview = this.button("preview", TEXTS.preview, TEXTS.previewHelp);
     const buttons = element("div", { className: "ti-buttons" }, this.stop, this.preview);
-    const words = element("div", {}, this.state, this.details, this.message);
-    this.run = element("div", { className: "ti-run" }, words, this.chart.root, this.strip.root, buttons);
+    const lines = element("div", {}, this.state, this.details, this.message);
+    this.run = element("div", { className: "ti-run" }, lines, this.chart.root, this.strip.root, buttons);
     const style = element("link", { rel: "stylesheet", href: new URL("train_panel.css", import.meta.url) });
     this.root = element("div", { className: "ti-train" }, style, this.hint, this.run);
     leaveToCanvas(this.root, this.strip.root);
@@ -132,18 +132,18 @@ class TrainPanel {
     };
   }
 
-  button(action, words, help) {
+  button(action, label, help) {
     const onclick = async () => {
       this.asked[action] = this.asking(action);
       this.enable();
       const answer = await api.fetchApi(`/textual_inversion/runs/${this.record.run}/${action}`, { method: "POST" });
       if (answer.ok) return;
-      app.extensionManager.toast.add({ severity: "warn", summary: words, detail: WORDS.refused, life: 5000 });
+      app.extensionManager.toast.add({ severity: "warn", summary: label, detail: TEXTS.refused, life: 5000 });
     };
-    return element("button", { type: "button", textContent: words, title: help, onclick });
+    return element("button", { type: "button", textContent: label, title: help, onclick });
   }
 
-  /** What pressing a button asks for: the end of this run, or one picture more than there are. */
+  /** What a click requests now: the end of this run, or one more picture. The same request is not sent twice. */
   asking(action) {
     return action === "stop" ? this.record.run : `${this.record.run} ${this.record.pictures.length}`;
   }
@@ -159,9 +159,9 @@ class TrainPanel {
     this.hint.hidden = true;
     this.run.hidden = false;
     this.run.dataset.state = record.state;
-    setWords(this.state, stateWords(record));
-    setWords(this.details, detailWords(record));
-    setWords(this.message, record.message);
+    setText(this.state, stateText(record));
+    setText(this.details, detailText(record));
+    setText(this.message, record.message);
     this.chart.show(record, ACTIVE.includes(record.state));
     this.strip.show(record);
     this.enable();
@@ -169,7 +169,7 @@ class TrainPanel {
     this.node.graph?.setDirtyCanvas(true, false);
   }
 
-  /** The least height: the canvas asks the widget for it, Vue nodes take it from the style. */
+  /** Sets the minimum height: the canvas asks the widget for it, Vue nodes read it from the style. */
   setHeight(height) {
     if (height === this.height) return;
     this.height = height;
@@ -179,7 +179,7 @@ class TrainPanel {
   }
 }
 
-/** Preview pictures in a row; a click shows one in full size. */
+/** The preview pictures in a row. A click shows one in full size. */
 class FilmStrip {
   constructor() {
     this.root = element("div", { className: "ti-strip" });
@@ -199,15 +199,15 @@ class FilmStrip {
 
   frame({ step, filename, subfolder, type }) {
     const src = api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
-    const words = filled(WORDS.pictureStep, { step });
-    const image = element("img", { src, alt: words, draggable: false });
-    const frame = element("button", { type: "button", title: words }, image, element("span", { textContent: words }));
+    const label = filled(TEXTS.pictureStep, { step });
+    const image = element("img", { src, alt: label, draggable: false });
+    const frame = element("button", { type: "button", title: label }, image, element("span", { textContent: label }));
     frame.onclick = () => showFullSize(frame);
     return frame;
   }
 }
 
-/** A picture of a strip over everything; the arrow keys go to its neighbours. */
+/** Shows a picture of the strip in a dialog; the arrow keys go to the next and the previous one. */
 function showFullSize(frame) {
   const image = element("img");
   const caption = element("div");
@@ -221,9 +221,9 @@ function showFullSize(frame) {
   turnTo(frame);
   dialog.onclick = () => dialog.close();
   dialog.onclose = () => dialog.remove();
-  dialog.onwheel = (event) => event.stopPropagation(); // or the canvas behind it zooms
+  dialog.onwheel = (event) => event.stopPropagation(); // otherwise the canvas behind it zooms
   dialog.onkeydown = (event) => {
-    event.stopPropagation(); // or ComfyUI's own shortcuts hear it
+    event.stopPropagation(); // otherwise ComfyUI's shortcuts react to it
     if (event.key === "ArrowLeft") turnTo(frame.previousElementSibling);
     if (event.key === "ArrowRight") turnTo(frame.nextElementSibling);
   };
@@ -231,7 +231,7 @@ function showFullSize(frame) {
   dialog.showModal();
 }
 
-/** Wheel and middle button go to the canvas, as from the text fields of a node; sideways, the strip scrolls. */
+/** Passes wheel and middle button on to the canvas, as text fields of a node do. Sideways, the strip scrolls. */
 function leaveToCanvas(root, strip) {
   root.addEventListener("wheel", (event) => {
     const sideways = event.shiftKey || Math.abs(event.deltaX) > Math.abs(event.deltaY);
@@ -246,28 +246,28 @@ function leaveToCanvas(root, strip) {
   root.addEventListener("pointerup", (event) => middle(event) && app.canvas.processMouseUp(event));
 }
 
-function stateWords({ state, step, steps, rate, seconds_left: secondsLeft }) {
-  const parts = [filled(WORDS[state], { step, steps })];
-  if (state === "learning" && rate > 0) parts.push(filled(WORDS.rate, { rate: rate.toPrecision(3) }));
-  if (state === "learning" && secondsLeft !== null) parts.push(filled(WORDS.left, { time: duration(secondsLeft) }));
+function stateText({ state, step, steps, rate, seconds_left: secondsLeft }) {
+  const parts = [filled(TEXTS[state], { step, steps })];
+  if (state === "learning" && rate > 0) parts.push(filled(TEXTS.rate, { rate: rate.toPrecision(3) }));
+  if (state === "learning" && secondsLeft !== null) parts.push(filled(TEXTS.left, { time: duration(secondsLeft) }));
   return parts.join(", ");
 }
 
-function detailWords({ state, best, learning_rate: rate, fixed }) {
+function detailText({ state, best, learning_rate: rate, fixed }) {
   const parts = [];
-  if (fixed.length) parts.push(filled(WORDS.best, { step: best }));
-  if (state === "learning" && rate > 0) parts.push(filled(WORDS.learningRate, { rate: Number(rate.toPrecision(2)) }));
+  if (fixed.length) parts.push(filled(TEXTS.best, { step: best }));
+  if (state === "learning" && rate > 0) parts.push(filled(TEXTS.learningRate, { rate: Number(rate.toPrecision(2)) }));
   return parts.join(", ");
 }
 
 function duration(total) {
   const seconds = Math.round(total);
-  if (seconds < 60) return filled(WORDS.seconds, { seconds });
+  if (seconds < 60) return filled(TEXTS.seconds, { seconds });
   const minutes = Math.floor(seconds / 60);
-  if (minutes < 60) return filled(WORDS.minutes, { minutes, seconds: seconds % 60 });
-  return filled(WORDS.hours, { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
+  if (minutes < 60) return filled(TEXTS.minutes, { minutes, seconds: seconds % 60 });
+  return filled(TEXTS.hours, { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
 }
 
-function setWords(line, words) {
-  line.textContent = line.title = words;
+function setText(line, text) {
+  line.textContent = line.title = text;
 }

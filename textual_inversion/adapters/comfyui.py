@@ -1,7 +1,6 @@
 """The MODEL, CLIP and VAE of a ComfyUI graph as a DiffusionModel."""
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,7 +16,8 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ..embedding import Embedding
-from ..errors import UserError, does_not_fit
+from ..errors import UserError
+from ..prompts import check_whole
 from ..vocabulary import Vocabulary
 from .comfyui_autograd import (
     checkpointed_blocks,
@@ -27,7 +27,14 @@ from .comfyui_autograd import (
     training_flag,
 )
 from .comfyui_encoding import encode
-from .comfyui_words import embedding_keys, reads_files, vocabularies, with_words
+from .comfyui_tokens import (
+    embedding_keys,
+    row_of,
+    supports_embedding_files,
+    text_encoders,
+    vocabularies,
+    with_embeddings,
+)
 
 Conditioning = list[dict[str, Any]]
 
@@ -35,11 +42,6 @@ Conditioning = list[dict[str, Any]]
 def _pytorch_attention(_original, *args, **kwargs):
     """Flash and sage attention have no backward pass; PyTorch's attention has."""
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
-
-
-def _storage(token) -> int | None:
-    """Where a row of vectors lies; None for the number of a token."""
-    return token.untyped_storage().data_ptr() if torch.is_tensor(token) else None
 
 
 def _alike(inputs: list[dict[str, Any]]) -> list[list[int]]:
@@ -60,8 +62,8 @@ def _alike(inputs: list[dict[str, Any]]) -> list[list[int]]:
 class ComfyModel:
     """Trains on what the graph has loaded, LoRAs and other patches included.
 
-    Works inside ``with model:`` only, which loads the weights and makes them differentiable;
-    ``with model.paused():`` gives them back for a while. Outside they are bit for bit the graph's.
+    ``with model.training():`` loads the weights and makes them differentiable. Outside, and inside
+    ``with model.paused():``, they are bit for bit the graph's and ComfyUI may move them.
     """
 
     def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, gradient_checkpointing: bool = False):
@@ -77,7 +79,23 @@ class ComfyModel:
 
     # Loading ------------------------------------------------------------------------------------
 
-    def __enter__(self) -> "ComfyModel":
+    @contextmanager
+    def training(self) -> Iterator["ComfyModel"]:
+        self._start()
+        try:
+            yield self
+        finally:
+            self._contexts.close()
+
+    @contextmanager
+    def paused(self) -> Iterator["ComfyModel"]:
+        self._contexts.close()
+        try:
+            yield self
+        finally:
+            self._start()
+
+    def _start(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -99,39 +117,26 @@ class ComfyModel:
                 # FreeU, for one, changes in place what autograd has saved. This copies it first.
                 stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
             self._contexts = stack.pop_all()
-        return self
 
     def _load(self) -> None:
-        """As core's Train LoRA does: everything else may leave the device, these two stay whole.
+        """Loads MODEL and CLIP completely, as core's Train LoRA does; everything else may leave the device.
 
-        A weight that comes and goes would be another one, or none, when the backward pass needs it.
+        A weight that was moved or freed in between would be wrong, or missing, in the backward pass.
         """
         patchers = [self._patcher, self._clip.patcher]
         try:
             comfy.model_management.load_models_gpu(patchers, memory_required=int(1e20), force_full_load=True)
-            whole = all(patcher.loaded_size() >= patcher.model_size() for patcher in patchers)
+            complete = all(patcher.loaded_size() >= patcher.model_size() for patcher in patchers)
         except torch.OutOfMemoryError:
-            whole = False
-        if not whole:
+            complete = False
+        if not complete:
             needed, free = (
                 f"{size / 2**30:.1f} GB" for size in (sum(p.model_size() for p in patchers), self.free_memory())
             )
             raise UserError(
-                f"Training keeps the whole MODEL and CLIP on {self.device}, {needed}, of which not all was loaded; "
-                f"{free} are free. Close other programs, take fp8 weights, or start ComfyUI without --novram."
+                f"MODEL and CLIP must fit on {self.device} completely: {needed} needed, {free} free. "
+                "Close other programs, use fp8 weights, or start ComfyUI without --novram."
             )
-
-    def __exit__(self, *_exception) -> None:
-        self._contexts.close()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """ComfyUI may move the weights inside, to draw a picture for one."""
-        self.__exit__()
-        try:
-            yield
-        finally:
-            self.__enter__()
 
     @property
     def device(self) -> torch.device:
@@ -142,9 +147,9 @@ class ComfyModel:
         return comfy.ldm.modules.attention.optimized_attention.__name__.removeprefix("attention_")
 
     @property
-    def reads_files(self) -> bool:
+    def supports_embedding_files(self) -> bool:
         """Whether ComfyUI without this pack takes ``embedding:NAME`` with this CLIP."""
-        return reads_files(self._clip)
+        return supports_embedding_files(self._clip)
 
     def free_memory(self) -> float:
         return float(comfy.model_management.get_free_memory(self.device))  # type: ignore[arg-type]
@@ -152,38 +157,37 @@ class ComfyModel:
     def weights(self) -> list[Tensor]:
         return [*self._patcher.model.parameters(), *self._clip.cond_stage_model.parameters()]
 
-    def recompute(self) -> bool:
+    def enable_gradient_checkpointing(self) -> bool:
         if self._checkpointing:
             return False
         self._checkpointing = True
         self._contexts.enter_context(checkpointed_blocks(self._patcher.model.diffusion_model))
         comfy.model_management.soft_empty_cache()
-        logging.info("Textual inversion: memory is short, activations are recomputed (gradient checkpointing).")
+        logging.info("Textual inversion: memory is short, so gradient checkpointing is on.")
         return True
 
-    # The word -----------------------------------------------------------------------------------
+    # Prompts ------------------------------------------------------------------------------------
 
     def vocabularies(self) -> dict[str, Vocabulary]:
         return vocabularies(self._clip)
 
-    def check_prompts(self, prompts: Sequence[str], *words: Embedding) -> None:
-        clip = with_words(self._clip, *words)
+    def check_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> None:
+        clip = with_embeddings(self._clip, *embeddings)
         for prompt in dict.fromkeys(prompts):
-            sections = [section for encoder in clip.tokenize(prompt).values() for section in encoder]
-            rows = [Counter(_storage(token[0]) for token in section) for section in sections]
-            for word in words:
-                for vectors in word.vectors.values():
-                    counts = [row[_storage(vectors)] for row in rows]
-                    # A repeated word gives multiples; a word torn apart gives fractions.
-                    if not any(counts) or any(count % word.count for count in counts):
-                        raise does_not_fit(word.count, prompt)
+            tokens = clip.tokenize(prompt)
+            for encoder in text_encoders(clip):
+                sections = [[id(row_of(token)) for token, _ in section] for section in tokens.get(encoder.name, [])]
+                for embedding in embeddings:
+                    rows = {id(row) for row in clip.tokenizer.embeddings[embedding.trigger][encoder.key]}
+                    counts = (sum(token in rows for token in section) for section in sections)
+                    check_whole(counts, embedding.count, prompt)
 
-    # DiffusionModel -----------------------------------------------------------------------------
+    # The diffusion model ------------------------------------------------------------------------
 
     def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """One at a time: shapes differ, and video autoencoders take a batch for frames.
+        """One at a time: shapes differ, and video autoencoders take a batch for frames. See ``DiffusionModel``.
 
-        Call it outside ``with model:``: ComfyUI may move other models away to load the VAE.
+        ComfyUI may move other models away to load the VAE, which is why it is not called during training.
         """
         latent_format: Any = self._patcher.get_model_object("latent_format")
         channels, dimensions = latent_format.latent_channels, latent_format.latent_dimensions
@@ -193,18 +197,18 @@ class ComfyModel:
                 encoded = self._vae.encode(image)  # (1, C, h, w), of a video model (1, C, 1, h, w)
             if encoded.ndim != dimensions + 2 or encoded.shape[1] != channels:
                 raise UserError(
-                    f"The VAE makes latents of shape {tuple(encoded.shape)}, the MODEL takes {channels} channels "
+                    f"The VAE makes latents of shape {tuple(encoded.shape)}, but the MODEL takes {channels} channels "
                     f"and {dimensions} dimensions: connect the VAE that belongs to the MODEL."
                 )
             with torch.inference_mode(False):
                 latents.append(latent_format.process_in(encoded.clone().float().cpu())[0])
         return latents
 
-    def encode_prompts(self, prompts: Sequence[str], *words: Embedding) -> Conditioning:
-        return encode(with_words(self._clip, *words), prompts)
+    def encode_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> Conditioning:
+        return encode(with_embeddings(self._clip, *embeddings), prompts)
 
-    def text_outputs(self, prompts: Sequence[str], *words: Embedding) -> list[Tensor]:
-        return [encoded["cross_attn"][0] for encoded in self.encode_prompts(prompts, *words)]
+    def text_outputs(self, prompts: Sequence[str], *embeddings: Embedding) -> list[Tensor]:
+        return [encoded["cross_attn"][0] for encoded in self.encode_prompts(prompts, *embeddings)]
 
     def sample_sigmas(self, quantiles: Tensor) -> Tensor:
         sigmas = self._patcher.model.model_sampling.sigmas
@@ -254,8 +258,7 @@ class ComfyModel:
         slope = denoised(sigmas, one, none) - denoised(sigmas, none, none)
         return (sigmas / slope.flatten()) ** 2
 
-    def check_fit(self, latent: Tensor, prompt: str, embedding: Embedding) -> None:
-        """One forward pass that tells whether CLIP and MODEL belong together. Raises UserError."""
+    def check_compatible(self, latent: Tensor, prompt: str, embedding: Embedding) -> None:
         try:
             with torch.no_grad():
                 conditioning = self.encode_prompts([prompt], embedding)
@@ -273,13 +276,10 @@ class ComfyModel:
 
     @torch.inference_mode()
     def generate(
-        self, prompt: str, embedding: Embedding, shape: Sequence[int], seed: int, steps: int, cfg: float
+        self, prompt: str, embedding: Embedding | None, shape: Sequence[int], seed: int, steps: int, cfg: float
     ) -> Tensor:
-        """One picture (1, H, W, 3) in 0..1 of latent ``shape`` (C, h, w), drawn by ComfyUI's own sampler.
-
-        Call it outside ``with model:`` or inside ``with model.paused():``.
-        """
-        clip = with_words(self._clip, embedding)
+        """Drawn by ComfyUI's own sampler; see ``DiffusionModel``."""
+        clip = with_embeddings(self._clip, *([embedding] if embedding else []))
         positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
         latent = torch.zeros(1, *shape)
         samples = comfy.sample.sample(

@@ -23,6 +23,7 @@ def ordinary_weights(module: nn.Module) -> Iterator[None]:
     ComfyUI runs every node under ``torch.inference_mode``. A tensor taken through DLPack shares
     the memory and forgets where it was made. On leaving, the module has its own tensors back.
     """
+    # Object patches of ComfyUI's ModelPatcher do not do: they go in before the weights are loaded and patched.
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for part in module.modules():
@@ -89,6 +90,7 @@ def mutable_residuals(module: nn.Module) -> Iterator[None]:
     input makes that harmless; frozen linear layers save none. Where an in-place change still spoils a
     saved tensor, autograd raises an error; no gradient becomes silently wrong.
     """
+    # Hooks, since ComfyUI's patches (transformer_options) reach no norm, and nothing in a text encoder.
 
     def copy_input(_module, args, kwargs):
         args = tuple(_copied(value) for value in args)
@@ -114,7 +116,8 @@ def checkpointed_blocks(module: nn.Module) -> Iterator[None]:
     Blocks are the outermost modules inside the lists of ``module`` that are no lists themselves:
     ResBlock and SpatialTransformer of a UNet, the transformer blocks of a DiT.
     """
-    # An entry in the instance's dictionary shadows the class's method; another pack may have one.
+    # An entry in the instance's dictionary shadows the class's method; another pack may have one. Core's Train LoRA
+    # does it so too: ComfyUI's patches_replace takes no ResBlock, and one patch a block, which may be another pack's.
     before = [(block, vars(block).get("forward")) for block in _blocks(module)]
     try:
         for block, _ in before:

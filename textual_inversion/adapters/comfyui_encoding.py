@@ -1,7 +1,7 @@
 """Prompts through the text encoders of a CLIP: as ComfyUI encodes them, but all at once."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from comfy.sd import CLIP
 from comfy.sd1_clip import SDClipModel
 from torch import Tensor
 
-from .comfyui_words import text_encoders
+from .comfyui_tokens import text_encoders
 
 Row = list[Any]  # the tokens of a section: numbers, and vectors in their midst
 
@@ -19,23 +19,32 @@ def encode(clip: CLIP, prompts: Sequence[str]) -> list[dict[str, Any]]:
 
     Families differ in what they do with the outputs of their encoders. So their own code runs for every
     prompt, as in ``CLIP.encode_from_tokens``; it finds the encoders' outputs made already, in one pass
-    for all prompts of one length.
+    for all prompts of one length. It runs on copies that share all weights: options and outputs are theirs.
     """
+    clip = _with_own_encoders(clip)
     encoder: Any = clip.cond_stage_model
     encoder.reset_clip_options()
     if clip.layer_idx is not None:
         encoder.set_clip_options({"layer": clip.layer_idx})
     encoder.set_clip_options({"execution_device": clip.patcher.load_device})
     tokens = {prompt: clip.tokenize(prompt) for prompt in dict.fromkeys(prompts)}
+    for part in text_encoders(clip):
+        sections = [section for parts in tokens.values() for section in _unweighted(parts.get(part.name, []))]
+        _encode_ahead(part.model, sections)
     encoded = {}
-    with ExitStack() as stack:
-        for part in text_encoders(clip):
-            sections = [section for parts in tokens.values() for section in _unweighted(parts.get(part.name, []))]
-            stack.enter_context(_encoded(part.model, sections))
-        for prompt, parts in tokens.items():
-            cross_attn, pooled, *extra = encoder.encode_token_weights(parts)
-            encoded[prompt] = {"cross_attn": cross_attn, "pooled_output": pooled, **(extra[0] if extra else {})}
+    for prompt, parts in tokens.items():
+        cross_attn, pooled, *extra = encoder.encode_token_weights(parts)
+        encoded[prompt] = {"cross_attn": cross_attn, "pooled_output": pooled, **(extra[0] if extra else {})}
     return [encoded[prompt] for prompt in prompts]
+
+
+def _with_own_encoders(clip: CLIP) -> CLIP:
+    """A shallow copy down to the text encoders."""
+    clip = copy.copy(clip)
+    clip.cond_stage_model = copy.copy(clip.cond_stage_model)
+    parts = clip.cond_stage_model._modules
+    clip.cond_stage_model._modules = {name: copy.copy(part) for name, part in parts.items()}
+    return clip
 
 
 def _unweighted(sections: Sequence[Sequence[tuple]]) -> list[Row]:
@@ -45,35 +54,26 @@ def _unweighted(sections: Sequence[Sequence[tuple]]) -> list[Row]:
     return [[token for token, _ in section] for section in sections]
 
 
-@contextmanager
-def _encoded(model: SDClipModel, rows: Sequence[Row]) -> Iterator[None]:
-    """Inside, ``model`` knows its outputs for ``rows``."""
+def _encode_ahead(model: SDClipModel, rows: Sequence[Row]) -> None:
+    """Encodes ``rows`` now; what ``model`` is asked for later it knows."""
+    plain = copy.copy(model).encode  # of a copy: the outputs would keep themselves alive in a circle
     groups: dict[int, dict[tuple, Row]] = {}
     for row in rows:
         groups.setdefault(len(row), {})[_identity(row)] = row
     known: dict[tuple, list[Any]] = {}
     for group in groups.values():
-        known |= zip(group, _split(model.encode(list(group.values()))), strict=True)
-
-    before = vars(model).get("encode")  # another pack may have put one there
-    plain = model.encode
+        known |= zip(group, _split(plain(list(group.values()))), strict=True)
 
     def encode(rows: Sequence[Row]) -> Any:
         outputs = [known.get(_identity(row)) for row in rows]
         return plain(rows) if None in outputs else [_joined(parts) for parts in zip(*outputs, strict=True)]  # type: ignore[arg-type]
 
     model.encode = encode  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del vars(model)["encode"]
-        if before is not None:
-            vars(model)["encode"] = before
 
 
 def _identity(row: Row) -> tuple:
     """Tells rows apart: the same numbers, and the very same vectors."""
-    return tuple(id(token) if torch.is_tensor(token) else token for token in row)
+    return tuple(token if isinstance(token, int) else id(token) for token in row)
 
 
 def _split(outputs: Any) -> list[list[Any]]:

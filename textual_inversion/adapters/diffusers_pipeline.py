@@ -20,10 +20,11 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from ..embedding import Embedding
-from ..errors import UserError, does_not_fit
+from ..errors import UserError
+from ..prompts import check_whole
 from ..vocabulary import Vocabulary
 from .diffusers_families import FAMILIES, Conditioning
-from .diffusers_words import spelled, tokenizer_slot, with_names, with_words
+from .diffusers_tokens import spelled, tokenizer_slot, with_embeddings, with_names
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 OPENCLIP_H = 1024  # width of SD2's text encoder, which sits in the same slot as SD1's
@@ -42,9 +43,9 @@ def load_pipeline(path: Path, config: Path | None = None, dtype: torch.dtype = t
         UserError: a file is missing or does not fit, or the family is not supported.
     """
     if not path.exists():
-        raise UserError(f"There is no model {path}.")
+        raise UserError(f"There is no model at {path}.")
     if config and not config.is_dir():  # diffusers would take it for a name on the Hub
-        raise UserError(f"{config} is no folder: give a diffusers folder of the same family as {path}.")
+        raise UserError(f"{config} is not a folder: give a diffusers folder of the same family as {path}.")
     folder = path if path.is_dir() else config or _cached_configs(path)
     try:
         index: Any = DiffusionPipeline.load_config(folder, local_files_only=True)
@@ -78,8 +79,8 @@ def _cached_configs(checkpoint: Path) -> str:
         return snapshot_download(repository["pretrained_model_name_or_path"], local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{checkpoint} cannot be loaded alone: give a diffusers folder of the same family for its "
-            "configs and tokenizers as well."
+            f"{checkpoint} cannot be loaded alone: also give a diffusers folder of the same family (--config), for "
+            "its configs and tokenizers."
         ) from error
 
 
@@ -163,13 +164,21 @@ class DiffusersModel:
         encoders = (getattr(self._pipeline, slot) for slot in self._encoders)
         return [weight for module in (self._network, *encoders) for weight in module.parameters()]
 
-    def recompute(self) -> bool:
+    @contextmanager
+    def training(self) -> Iterator["DiffusersModel"]:
+        yield self  # a pipeline's weights can be differentiated through as they are
+
+    @contextmanager
+    def paused(self) -> Iterator["DiffusersModel"]:
+        yield self
+
+    def enable_gradient_checkpointing(self) -> bool:
         if self._network.is_gradient_checkpointing:
             return False
         self._network.enable_gradient_checkpointing()
         return True
 
-    # The word -----------------------------------------------------------------------------------
+    # Prompts ------------------------------------------------------------------------------------
 
     def vocabularies(self) -> dict[str, Vocabulary]:
         found = {}
@@ -180,22 +189,20 @@ class DiffusersModel:
             found[key] = Vocabulary(table, tokens, partial(_token_ids, tokenizer))
         return found
 
-    def check_prompts(self, prompts: Sequence[str], *words: Embedding) -> None:
+    def check_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> None:
         for slot in self._encoders:
             original = getattr(self._pipeline, tokenizer_slot(slot))
-            tokenizer = with_names(original, sum(word.count for word in words))
+            tokenizer = with_names(original, sum(embedding.count for embedding in embeddings))
             limit = min(tokenizer.model_max_length, self._family.tokens)
             for prompt in dict.fromkeys(prompts):
-                ids = tokenizer(spelled(prompt, *words), truncation=True, max_length=limit).input_ids
+                ids = tokenizer(spelled(prompt, *embeddings), truncation=True, max_length=limit).input_ids
                 first = len(original)
-                for word in words:
-                    found = sum(first <= number < first + word.count for number in ids)
-                    first += word.count
-                    # A repeated word gives multiples; a word cut off gives fractions.
-                    if not found or found % word.count:
-                        raise does_not_fit(word.count, prompt)
+                for embedding in embeddings:
+                    found = sum(first <= number < first + embedding.count for number in ids)
+                    first += embedding.count
+                    check_whole([found], embedding.count, prompt)
 
-    # DiffusionModel -----------------------------------------------------------------------------
+    # The diffusion model ------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
@@ -209,18 +216,18 @@ class DiffusersModel:
                 latents.append(((latent[0].float() - shift) * vae.config.scaling_factor).cpu())
         return latents
 
-    def encode_prompts(self, prompts: Sequence[str], *words: Embedding) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> Conditioning:
         """All distinct prompts at once, by the pipeline's own ``encode_prompt``. Raises UserError."""
         distinct = list(dict.fromkeys(prompts))
-        fitted = [word.fitted(self.keys) for word in words]
-        with with_words(self._pipeline, self._encoders, *fitted) as pipeline:
-            texts = [spelled(prompt, *words) for prompt in distinct]
+        matched = [embedding.for_encoders(self.keys) for embedding in embeddings]
+        with with_embeddings(self._pipeline, self._encoders, *matched) as pipeline:
+            texts = [spelled(prompt, *embeddings) for prompt in distinct]
             encoded = self._family.encode(pipeline, texts, self.device)
         rows = [distinct.index(prompt) for prompt in prompts]
         return {name: tensor[rows] for name, tensor in encoded.items()}
 
-    def text_outputs(self, prompts: Sequence[str], *words: Embedding) -> list[Tensor]:
-        return list(self.encode_prompts(prompts, *words)["context"])
+    def text_outputs(self, prompts: Sequence[str], *embeddings: Embedding) -> list[Tensor]:
+        return list(self.encode_prompts(prompts, *embeddings)["context"])
 
     def sample_sigmas(self, quantiles: Tensor) -> Tensor:
         sigmas = self._schedule.sigmas
@@ -241,6 +248,19 @@ class DiffusersModel:
     def loss_weights(self, sigmas: Tensor) -> Tensor:
         return self._schedule.loss_weights(sigmas)
 
+    def check_compatible(self, latent: Tensor, prompt: str, embedding: Embedding) -> None:
+        try:
+            with torch.no_grad():
+                sigmas = self.sample_sigmas(torch.tensor([0.5]))
+                self.denoise(latent[None].to(self.device), sigmas, self.encode_prompts([prompt], embedding))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                "The pipeline's text encoders and network do not belong together: load a folder whose parts are of "
+                f"one model. ({type(error).__name__}: {error})"
+            ) from error
+
     # Pictures -----------------------------------------------------------------------------------
 
     def generate(
@@ -249,11 +269,11 @@ class DiffusersModel:
         """One picture (1, H, W, 3) in 0..1 of latent ``shape`` (C, h, w), drawn by the pipeline itself."""
         patch, scale = self._family.patch, self._pipeline.vae_scale_factor
         height, width = (side // patch * patch * scale for side in shape[-2:])
-        words = nullcontext(copy.copy(self._pipeline))
+        drawing = nullcontext(copy.copy(self._pipeline))
         if embedding is not None:
-            words = with_words(self._pipeline, self._encoders, embedding.fitted(self.keys))
+            drawing = with_embeddings(self._pipeline, self._encoders, embedding.for_encoders(self.keys))
             prompt = spelled(prompt, embedding)
-        with words as pipeline:
+        with drawing as pipeline:
             pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # it keeps where it stands
             pipeline.set_progress_bar_config(disable=True)
             pictures = pipeline(

@@ -1,6 +1,11 @@
-"""What the engine asks of a model. Everything a model family does differently stays behind this."""
+"""What the engine asks of a model. Everything a model family does differently stays behind this.
+
+There are two protocols, for what can be called when: a ``DiffusionModel`` encodes and draws pictures,
+and ``with model.training() as trainable:`` makes it a ``TrainableModel`` for a while.
+"""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +18,34 @@ from ..vocabulary import Vocabulary
 class DiffusionModel(Protocol):
     """A frozen diffusion model with its text encoders and autoencoder; latents are in its own scale."""
 
+    def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Pictures (1, H, W, 3) in 0..1 to latents (C, h, w), one by one.
+
+        Raises UserError where the autoencoder does not belong to the model.
+        """
+        ...
+
+    def generate(
+        self, prompt: str, embedding: Embedding | None, shape: Sequence[int], seed: int, steps: int, cfg: float
+    ) -> Tensor:
+        """One picture (1, H, W, 3) in 0..1 of latent ``shape`` (C, h, w), drawn by the library's own sampler."""
+        ...
+
+    def training(self) -> "AbstractContextManager[TrainableModel]":
+        """Inside, the weights stay on the device and can be differentiated through. Afterwards they are as before.
+
+        Raises UserError where they do not fit on the device.
+        """
+        ...
+
+
+class TrainableModel(Protocol):
+    """A model during training."""
+
+    def paused(self) -> AbstractContextManager[DiffusionModel]:
+        """Inside, the model is as it was before training, for instance to draw a picture."""
+        ...
+
     @property
     def device(self) -> torch.device:
         """Where latents, noise and sigmas are expected."""
@@ -24,36 +57,37 @@ class DiffusionModel(Protocol):
         ...
 
     def free_memory(self) -> float:
-        """Bytes of the device that are free; infinite where nobody knows."""
+        """Free bytes of the device; infinite where they are not known."""
         ...
 
     def weights(self) -> list[Tensor]:
         """The tensors that are loaded anyway."""
         ...
 
-    def recompute(self) -> bool:
-        """From now on the network's blocks are computed anew in the backward pass instead of kept (gradient
-        checkpointing): less memory, half as much time again, the same gradients. False if they were already."""
+    def enable_gradient_checkpointing(self) -> bool:
+        """From now on the backward pass computes activations again instead of keeping them: less memory, half as
+        much time again, the same gradients. False if it was already on."""
         ...
 
     def vocabularies(self) -> dict[str, Vocabulary]:
-        """What each text encoder knows already, by its key."""
+        """The words each text encoder knows, by its key."""
         ...
 
-    def check_prompts(self, prompts: Sequence[str], *words: Embedding) -> None:
-        """Raises UserError for a prompt in which one of the words is missing or does not fit as a whole."""
+    def check_compatible(self, latent: Tensor, prompt: str, embedding: Embedding) -> None:
+        """One forward pass with a latent (C, h, w). Raises UserError where text encoders and network do not belong
+        together."""
         ...
 
-    def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Pictures (1, H, W, 3) in 0..1 to latents (C, h, w), one by one."""
+    def check_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> None:
+        """Raises UserError for a prompt in which one of the embeddings is missing or was cut off."""
         ...
 
-    def encode_prompts(self, prompts: Sequence[str], *words: Embedding) -> Any:
-        """Conditioning of one prompt a row, differentiable by the vectors of every word."""
+    def encode_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> Any:
+        """Conditioning of one prompt per row, differentiable by the vectors of every embedding."""
         ...
 
-    def text_outputs(self, prompts: Sequence[str], *words: Embedding) -> list[Tensor]:
-        """What the text encoders make of each prompt, (tokens, width); tokens end to end where there are several."""
+    def text_outputs(self, prompts: Sequence[str], *embeddings: Embedding) -> list[Tensor]:
+        """The outputs of the text encoders for each prompt, (tokens, width); several are put end to end."""
         ...
 
     def sample_sigmas(self, quantiles: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
-// A small chart of two curves: training loss (noisy, drawn smoothed and thin) and the loss on fixed noise.
+// A small chart with two curves: the training loss (noisy, so smoothed and thin) and the loss on fixed noise.
 //
-// The drawing has its own coordinates and is stretched over whatever place the node gives it; strokes keep their
-// width, and points are strokes without length, so nothing has to be drawn anew when the node is resized.
+// The SVG has coordinates of its own and is stretched to the size of its element. Strokes keep their width, and
+// points are strokes of length zero, so nothing has to be redrawn when the node is resized.
 
 import { element, filled } from "./page.js";
 
-const SIZE = 1000; // of the drawing, both ways
-const SMOOTHING = 0.08; // of the steps: how far back the mean of the training loss reaches
+const SIZE = 1000; // width and height of the SVG in its own coordinates
+const SMOOTHING = 0.08; // time constant of the moving average of the training loss, as a share of all steps
 
 export class LossChart {
-  /** `words`: what "fixed" and "training" loss are called, and "step" with {step} in it. */
-  constructor(words) {
-    this.words = words;
+  /** `texts`: labels for the "fixed" and the "training" loss, and "step" with {step} in it. */
+  constructor(texts) {
+    this.texts = texts;
     this.curves = { training: [], fixed: [] };
 
     this.best = drawn("path", "ti-best");
@@ -38,7 +38,7 @@ export class LossChart {
     this.plot.onpointerleave = () => this.point(null);
   }
 
-  /** Draws the curves of a run. While it is active, the axis reaches to the last step planned. */
+  /** Draws the curves of a run. While it is active, the axis ends at the last planned step. */
   show({ step, steps, best, losses, fixed }, active) {
     this.end = Math.max(1, active ? steps : step);
     this.curves = { training: smoothed(losses, SMOOTHING * this.end), fixed };
@@ -59,7 +59,7 @@ export class LossChart {
     this.point(this.pointedAt);
   }
 
-  /** Tells the losses at the step under `clientX`; null: what the lines mean. */
+  /** Shows the losses at the step under `clientX`, or for null the legend. */
   point(clientX) {
     this.pointedAt = clientX;
     const { training, fixed } = this.curves;
@@ -70,18 +70,18 @@ export class LossChart {
     }
     const { left, width } = this.plot.getBoundingClientRect();
     const [step, loss] = nearest(training, ((clientX - left) / width) * this.end);
-    const measured = fixed.filter(([at]) => at <= step).slice(-1); // only now and then: the latest
+    const measured = fixed.filter(([at]) => at <= step).slice(-1); // not measured at every step, so the latest one
     this.cursor.setAttribute("d", this.uprights([[step]]));
     this.legend.replaceChildren(
-      element("span", { textContent: filled(this.words.step, { step }) }),
+      element("span", { textContent: filled(this.texts.step, { step }) }),
       ...measured.map(([, value]) => this.entry("fixed", value)),
       this.entry("training", loss),
     );
   }
 
   entry(curve, loss) {
-    const words = loss === undefined ? this.words[curve] : `${this.words[curve]} ${number(loss)}`;
-    return element("span", { className: `ti-key ti-key-${curve}`, textContent: words });
+    const text = loss === undefined ? this.texts[curve] : `${this.texts[curve]} ${number(loss)}`;
+    return element("span", { className: `ti-key ti-key-${curve}`, textContent: text });
   }
 
   place([step, loss]) {
@@ -108,7 +108,7 @@ function drawn(tag, className) {
   return made;
 }
 
-/** The running mean of a curve, reaching `reach` steps back. */
+/** The exponential moving average of a curve, with a time constant of `reach` steps. */
 function smoothed(curve, reach) {
   let sum = 0;
   let weight = 0;
@@ -122,7 +122,7 @@ function smoothed(curve, reach) {
   });
 }
 
-/** The point of a curve whose step is nearest. */
+/** The point of a curve that is nearest to `step`. */
 function nearest(curve, step) {
   const distance = (point) => Math.abs(point[0] - step);
   return curve.reduce((best, point) => (distance(point) < distance(best) ? point : best));

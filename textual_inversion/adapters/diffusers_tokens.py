@@ -1,4 +1,4 @@
-"""A pipeline in which a word means our vectors. Training and drawing both go through here."""
+"""A pipeline in which a trigger stands for vectors. Training and drawing both go through here."""
 
 import copy
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ from ..prompts import trigger_pattern
 _NAME = "<|ti-vector-{}|>"
 
 
-def spelled(prompt: str, *words: Embedding) -> str:
-    """The prompt with every occurrence of a word replaced by the names of its vectors, numbered throughout."""
+def spelled(prompt: str, *embeddings: Embedding) -> str:
+    """The prompt with every trigger replaced by the names of its vectors, numbered throughout."""
     first = 0
-    for word in words:
-        names = "".join(_NAME.format(number) for number in range(first, first + word.count))
-        prompt = trigger_pattern(word.trigger).sub(names, prompt)
-        first += word.count
+    for embedding in embeddings:
+        names = "".join(_NAME.format(number) for number in range(first, first + embedding.count))
+        prompt = trigger_pattern(embedding.trigger).sub(names, prompt)
+        first += embedding.count
     return prompt
 
 
@@ -44,7 +44,7 @@ def _with_names(tokenizer, _size: int, count: int):
 
 
 @contextmanager
-def with_words(pipeline: DiffusionPipeline, encoders: dict[str, str], *words: Embedding) -> Iterator[Any]:
+def with_embeddings(pipeline: DiffusionPipeline, encoders: dict[str, str], *embeddings: Embedding) -> Iterator[Any]:
     """A copy of ``pipeline`` whose own methods understand ``spelled`` prompts inside the block.
 
     ``encoders`` maps slots of text encoders to keys of the embeddings. The copy shares all weights;
@@ -54,7 +54,7 @@ def with_words(pipeline: DiffusionPipeline, encoders: dict[str, str], *words: Em
     with ExitStack() as stack:
         for slot, key in encoders.items():
             tokenizer = getattr(pipeline, tokenizer_slot(slot))
-            vectors = torch.cat([word.vectors[key] for word in words])  # (all vectors, width)
+            vectors = torch.cat([embedding.vectors[key] for embedding in embeddings])  # (all vectors, width)
             stack.enter_context(_vectors_after(len(tokenizer), vectors, getattr(pipeline, slot)))
             setattr(pipeline, tokenizer_slot(slot), with_names(tokenizer, len(vectors)))
         yield pipeline

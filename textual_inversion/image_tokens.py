@@ -1,0 +1,108 @@
+"""Per-image tokens: what only one picture shows goes into tokens of its own, not into the embedding.
+
+A picture without a caption gets a prompt with one more token, which stands for its background, or
+under a style for its subject. These tokens are trained with the embedding and then thrown away
+(docs/method.md has what they are worth).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .config import TrainConfig
+from .embedding import Embedding
+from .prompts import SLOT
+from .vocabulary import Vocabulary
+
+IMAGE_SLOT = "{image}"
+
+# The templates of prompts.TEMPLATES with a second slot. The sentence has to expect something where
+# that slot stands: appended after a comma, the token takes nothing off the embedding.
+IMAGE_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "object": (
+        "a photo of {} on a {image} background",
+        "a photo of a {} on a {image} background",
+        "a photo of the {} on a {image} background",
+        "a picture of {} on a {image} background",
+        "a picture of a {} on a {image} background",
+        "an image of the {} on a {image} background",
+        "a close-up photo of {} on a {image} background",
+        "a good photo of a {} on a {image} background",
+        "a cropped photo of the {} on a {image} background",
+        "a rendering of a {} on a {image} background",
+    ),
+    "style": (
+        "a picture of {image} in the style of {}",
+        "a painting of {image} in the style of {}",
+        "an image of {image} in the style of {}",
+        "a rendering of {image} in the style of {}",
+        "a detailed picture of {image} in the style of {}",
+        "a close-up of {image} in the style of {}",
+        "a good picture of {image} in the style of {}",
+        "a small picture of {image} in the style of {}",
+    ),
+    "face": (
+        "a photo of {} on a {image} background",
+        "a portrait of {} on a {image} background",
+        "a close-up portrait of {} on a {image} background",
+        "a photo of the face of {} on a {image} background",
+        "a good photo of {} on a {image} background",
+        "a picture of {} looking at the camera on a {image} background",
+    ),
+}
+
+# Each per-image token also takes this many times the mean update of all of them: what all
+# backgrounds have in common is learned before the embedding takes it in (docs/method.md).
+SHARED_UPDATE_WEIGHT = 2.0
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """Everything that one run optimises."""
+
+    concept: Embedding
+    """What is wanted: the embedding that is saved."""
+    per_image: tuple[Embedding, ...] = ()
+    """One for each picture without a caption; only the prompts of that picture name it."""
+
+    @property
+    def embeddings(self) -> tuple[Embedding, ...]:
+        return (self.concept, *self.per_image)
+
+    def parameters(self) -> list[Tensor]:
+        return [vectors for embedding in self.embeddings for vectors in embedding.parameters()]
+
+    def snapshot(self) -> "TrainedTokens":
+        """A copy on the CPU, cut from every graph."""
+        concept, *per_image = (embedding.snapshot() for embedding in self.embeddings)
+        return TrainedTokens(concept, tuple(per_image))
+
+
+def uses_image_tokens(config: TrainConfig, caption: str) -> bool:
+    """Whether a picture with this caption gets tokens of its own. A custom template has no place for them."""
+    return config.per_image_tokens > 0 and config.kind in IMAGE_TEMPLATES and not caption.strip()
+
+
+def image_trigger(index: int) -> str:
+    """What stands for the tokens of picture ``index`` in its prompts."""
+    return f"ti-image-{index}"
+
+
+def image_prompts(kind: str, trigger: str, image: str) -> tuple[str, ...]:
+    """The prompts of one picture; ``image`` is its ``image_trigger``."""
+    return tuple(text.replace(SLOT, trigger).replace(IMAGE_SLOT, image) for text in IMAGE_TEMPLATES[kind])
+
+
+def new_image_tokens(
+    vocabularies: Mapping[str, Vocabulary], triggers: Sequence[str], concept: Embedding, count: int
+) -> tuple[Embedding, ...]:
+    """Trainable tokens, ``count`` vectors for each of the ``triggers`` that is not empty.
+
+    They start in the mean direction of the vocabulary, as long as the vectors of ``concept``.
+    """
+    start = {
+        key: vocabulary.mean_direction(concept.vectors[key].detach().norm(dim=1).mean()).expand(count, -1)
+        for key, vocabulary in vocabularies.items()
+    }
+    return tuple(Embedding(trigger, start).trainable() for trigger in triggers if trigger)
