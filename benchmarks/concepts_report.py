@@ -12,6 +12,8 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from scipy.stats import sem
+from scipy.stats import t as student_t
 
 from .cells import file_name, read_cells
 from .recipes import ABLATIONS
@@ -129,10 +131,7 @@ def interval(pairs: list[tuple[dict, dict]], key: str) -> str:
     differences = [a[key] - b[key] for a, b in pairs if key in a and key in b]
     if len(differences) < 2:
         return "-"
-    # Student's t at 97.5%, by degrees of freedom; between them the next lower one, which is wider.
-    quantiles = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 10: 2.23, 15: 2.13, 23: 2.07}
-    t = quantiles[max(freedom for freedom in quantiles if freedom < len(differences))]
-    half = t * statistics.stdev(differences) / len(differences) ** 0.5
+    half = student_t.ppf(0.975, len(differences) - 1) * sem(differences)
     return f"{statistics.mean(differences):+.3f} ± {half:.3f}"
 
 
@@ -165,7 +164,7 @@ def sheet(concept: str, recipes: list[str], out: Path) -> None:
     """
     about = {"concept": concept, "seed": 0}
     strips = {name: out / "cells" / f"{file_name({'recipe': name, **about})}.jpg" for name in recipes}
-    if not all(path.exists() for path in strips.values()):
+    if not strips or not all(path.exists() for path in strips.values()):
         return
     rows = {name: Image.open(path) for name, path in strips.items()}
     widest = max(strip.width * SIDE // strip.height for strip in rows.values())

@@ -34,13 +34,19 @@ def import_pack() -> None:
         sys.meta_path.insert(0, _InstalledEngine())
 
 
+def comfyui_on_path() -> None:
+    """Its modules can be imported, and come first: ``nodes`` is the name of one, and of a folder here."""
+    if (folder := str(comfyui_path())) not in sys.path:
+        sys.path.insert(0, folder)
+
+
 def import_comfyui(base: Path) -> None:
     """ComfyUI on the CPU, with its models, input and output folders below ``base``; once a process."""
-    if "comfy" in sys.modules:
-        return
-    sys.path.insert(0, str(comfyui_path()))
+    comfyui_on_path()
     from comfy.cli_args import args  # reads no command line unless main.py tells it to
 
+    if args.base_directory:
+        return
     args.cpu = True
     args.base_directory = str(base)
     for folder in ("custom_nodes", "models/checkpoints", "models/embeddings", "input", "output"):

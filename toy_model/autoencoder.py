@@ -67,6 +67,11 @@ class NarrowTAESD(nn.Module):
             layers += stage(widths[level], decoder_blocks[level])
         self.decoder = nn.Sequential(*layers, conv(widths[0], 3))
 
+    def forward(self, images: torch.Tensor, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """What becomes of images whose latents get noise on the way, and the latents without it."""
+        latents = self.encoder(images)
+        return self.decoder(latents + noise * torch.randn_like(latents)), latents
+
 
 def padded(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`value` in the top corner of zeros shaped as `like`."""

@@ -6,7 +6,6 @@ python -m toy_model.export CHECKPOINT VAE.pt OUT.safetensors     puts another au
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 import torch
@@ -15,71 +14,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from dev.in_process import comfyui_on_path
+
 from .autoencoder import SHARP_DECODER, NarrowTAESD, to_diffusers
 
 LATENT_SCALE = 0.18215  # TAESD's latents are unscaled; ComfyUI's SD15 format scales by this
 
-OUTER = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-INSIDE_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)")
-MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
-
-
-def inner_name(kind: str, rest: str) -> str:
-    """The name within a block: ResNets call their layers differently, attentions the same."""
-    if kind != "resnets":
-        return rest
-    layer, parameter = rest.split(".", 1)
-    return f"{INSIDE_RESNET[layer]}.{parameter}"
-
-
-def unet_name(name: str, layers: int, attention_levels: set[int]) -> str:
-    """The Stable Diffusion 1 name of a diffusers UNet parameter.
-
-    Each of diffusers' down levels is `layers` input blocks and a downsampler, each of its up
-    levels `layers + 1` output blocks, the last of which ends with the upsampler.
-    """
-    for ours, theirs in OUTER.items():
-        if name.startswith(ours + "."):
-            return theirs + name[len(ours) :]
-    if found := MIDDLE.fullmatch(name):
-        kind, index, rest = found.groups()
-        position = 2 * int(index) if kind == "resnets" else 1
-        return f"middle_block.{position}.{inner_name(kind, rest)}"
-    found = BLOCK.fullmatch(name)
-    if not found:
-        raise KeyError(name)
-    side, level, kind, index, rest = found.groups()
-    first = int(level) * (layers + 1)
-    if kind == "downsamplers":
-        return f"input_blocks.{first + layers + 1}.0.op.{rest.removeprefix('conv.')}"
-    if kind == "upsamplers":
-        position = 2 if int(level) in attention_levels else 1
-        return f"output_blocks.{first + layers}.{position}.{rest}"
-    block = f"input_blocks.{first + int(index) + 1}"
-    if side == "up":
-        block = f"output_blocks.{first + int(index)}"
-    return f"{block}.{0 if kind == 'resnets' else 1}.{inner_name(kind, rest)}"
-
 
 def unet_tensors(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    weights = unet.state_dict()
-    attention = {int(name.split(".")[1]) for name in weights if name.startswith("up_blocks") and ".attentions." in name}
-    layers = unet.config.layers_per_block
-    return {"model.diffusion_model." + unet_name(name, layers, attention): value for name, value in weights.items()}
+    """Under ComfyUI's names, which are those of Stable Diffusion 1."""
+    comfyui_on_path()
+    from comfy.utils import unet_to_diffusers
+
+    layers, attention = unet.config.layers_per_block, [int("CrossAttn" in n) for n in unet.config.down_block_types]
+    layout = {
+        "num_res_blocks": [layers] * len(attention),
+        "channel_mult": [1] * len(attention),  # only their number counts here
+        "transformer_depth": [depth for depth in attention for _ in range(layers)],
+        "transformer_depth_output": [depth for depth in attention for _ in range(layers + 1)],
+        "transformer_depth_middle": 1,
+    }
+    names = unet_to_diffusers(layout)
+    return {f"model.diffusion_model.{names[name]}": value for name, value in unet.state_dict().items()}
 
 
 def text_tensors(text_encoder: CLIPTextModel) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the demo model again from nothing but this repository: about three hours on two cores, no downloads.
-# Needs torch, diffusers, transformers, safetensors, numpy, Pillow, and COMFYUI_PATH for CLIP's vocabulary.
+# Needs torch, diffusers, transformers and a ComfyUI in COMFYUI_PATH, for CLIP's vocabulary and names of weights.
 # usage: toy_model/rebuild.sh [WORK_FOLDER]
 set -euo pipefail
 work=$(realpath "${1:-$(mktemp -d)}")

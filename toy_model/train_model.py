@@ -12,18 +12,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import CLIPTextModel
 
 from .dataset import load_set
 from .export import export, load_vae
-from .muon import Muon
 from .networks import new_text_encoder, new_unet, noise_schedule, read_checkpoint
-from .parallel import Clock, run
 from .text import CONTEXT, END, VOCABULARY, tokenize
 from .train_vae import as_batch
+from .training import Clock, Muon, moving_average, run
 
 NULL_CAPTIONS = 0.1
 FULL_CONTEXT_EVERY = 5  # other steps leave out padding: the text encoder is causal
@@ -62,34 +62,24 @@ class Words:
         return large | {name: large[name][self.used]}
 
 
-class Average:
-    """A moving average of parameters, and a copy of the modules that carries it."""
+class Denoiser(nn.Module):
+    """Text encoder and UNet as one: the noise in noisy latents, from the numbers of a caption's words."""
 
-    def __init__(self, modules: nn.ModuleList) -> None:
-        self.modules = modules
-        self.values = [p.detach().clone() for p in modules.parameters()]
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
 
-    def update(self, step: int) -> None:
-        decay = min(0.999, (1 + step) / (20 + step))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.modules.parameters()], 1 - decay)
-
-    def save(self, words: Words, vae: AutoencoderTiny, path: Path) -> None:
-        """Write the averaged model as a checkpoint."""
-        current = [p.detach().clone() for p in self.modules.parameters()]
-        for parameter, value in zip(self.modules.parameters(), self.values, strict=False):
-            parameter.data.copy_(value)
-        export(self.modules[0], words.whole(self.modules[1]), vae, path)
-        for parameter, value in zip(self.modules.parameters(), current, strict=False):
-            parameter.data.copy_(value)
+    def forward(self, noisy: Tensor, t: Tensor, words: Tensor) -> Tensor:
+        return self.unet(noisy, t, self.text_encoder(words).last_hidden_state).sample
 
 
-def new_optimizers(modules: nn.ModuleList, peak: float) -> list[torch.optim.Optimizer]:
+def new_optimizers(model: Denoiser, peak: float) -> list[torch.optim.Optimizer]:
     """Muon for kernels and matrices; words, each of them rare, learn faster than the rest."""
-    named = list(modules.named_parameters())
+    named = list(model.named_parameters())
     words = [p for n, p in named if n.endswith("token_embedding.weight")]
     matrices = [p for n, p in named if p.ndim > 1 and min(p.shape[:2]) > 4 and not n.endswith("embedding.weight")]
     chosen = {id(p) for p in words + matrices}
-    others = [p for p in modules.parameters() if id(p) not in chosen]
+    others = [p for p in model.parameters() if id(p) not in chosen]
     return [
         Muon(matrices, peak),
         torch.optim.AdamW(others, peak, betas=(0.9, 0.98), weight_decay=0.0),
@@ -102,14 +92,11 @@ def rate(step: int, progress: float) -> float:
     return min(1, (step + 1) / 200) * (0.49 * (1 + math.cos(math.pi * progress)) + 0.02)
 
 
-def train(
-    args: argparse.Namespace, modules: nn.ModuleList, latents: Tensor, words: Words, vae: AutoencoderTiny
-) -> None:
-    unet, text_encoder = modules
+def train(args: argparse.Namespace, model: Denoiser, latents: Tensor, words: Words, vae: AutoencoderTiny) -> None:
     clock = Clock(args.minutes)
-    optimizers = new_optimizers(modules, args.learning_rate)
+    optimizers = new_optimizers(model, args.learning_rate)
     schedules = [LambdaLR(optimizer, lambda step: rate(step, clock.progress)) for optimizer in optimizers]
-    average = Average(modules)
+    shared, average = DistributedDataParallel(model), moving_average(model, 0.999)
     kept = noise_schedule().alphas_cumprod
     snr = kept / (1 - kept)
     weight = snr.clamp(max=MIN_SNR) / snr
@@ -129,17 +116,17 @@ def train(
         share = kept[t].view(-1, 1, 1, 1)
         noisy = share.sqrt() * latents[chosen] + (1 - share).sqrt() * noise
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-        predicted = unet(noisy, t, text_encoder(ids).last_hidden_state).sample
+        predicted = shared(noisy, t, ids)
         errors = (predicted - noise).square().mean((1, 2, 3))
         (errors * weight[t]).mean().backward()
-        clock.share_gradients(list(modules.parameters()))
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             schedule.step()
+        model.zero_grad()
+        average.update_parameters(model)
+        clock.tick()
         step += 1
-        average.update(step)
         error = errors.mean().item()
         mean = error if mean is None else 0.995 * mean + 0.005 * error
         if dist.get_rank() > 0:
@@ -148,7 +135,8 @@ def train(
             speed = step * args.batch * dist.get_world_size() / clock.seconds
             print(f"{step} {clock.seconds:.0f}s loss {mean:.4f} {speed:.0f}/s", flush=True)
         if clock.seconds - saved > 60 * args.save_every or clock.progress >= 1:
-            average.save(words, vae, args.work / "latest.safetensors")
+            kept_model: Denoiser = average.module
+            export(kept_model.unet, words.whole(kept_model.text_encoder), vae, args.work / "latest.safetensors")
             saved = clock.seconds
 
 
@@ -161,15 +149,15 @@ def worker(args: argparse.Namespace) -> None:
     vae = read_checkpoint(args.go_on)[2] if args.go_on else load_vae(args.work / "vae.pt")
     latents = encode(torch.from_numpy(images[part]), vae)
     torch.manual_seed(2)  # the same start in every process
-    modules = nn.ModuleList([new_unet(latents.shape[-1]), new_text_encoder(len(words.used))])
+    model = Denoiser(new_unet(latents.shape[-1]), new_text_encoder(len(words.used)))
     if args.go_on:
         unet, text_encoder, _ = read_checkpoint(args.go_on)
-        modules[0].load_state_dict(unet.state_dict())
-        modules[1].load_state_dict(words.part(text_encoder.state_dict()))
-    modules[0].to(memory_format=torch.channels_last)
+        model.unet.load_state_dict(unet.state_dict())
+        model.text_encoder.load_state_dict(words.part(text_encoder.state_dict()))
+    model.unet.to(memory_format=torch.channels_last)
     torch.manual_seed(args.seed + dist.get_rank())
     print(f"{len(latents)} latents, {len(words.used)} words, context {words.longest}", flush=True)
-    train(args, modules, latents, words, vae)
+    train(args, model, latents, words, vae)
 
 
 def main() -> None:

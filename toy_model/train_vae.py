@@ -15,11 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from .autoencoder import SHARP_DECODER, NarrowTAESD, to_diffusers
 from .dataset import load_set
-from .muon import Muon
-from .parallel import Clock, run
+from .training import Clock, Muon, moving_average, run
 
 HELD_BACK = 128  # pictures at the front of the data that training never sees
 
@@ -65,14 +65,14 @@ def check(vae: NarrowTAESD, images: Tensor, sheet: Path) -> float:
     return -10 * torch.log10(F.mse_loss(output, target)).item()
 
 
-def train(vae: NarrowTAESD, images: Tensor, minutes: float, peak: float, batch: int, decoder_only: bool) -> None:
-    """Leaves the moving average of the weights in the autoencoder."""
+def train(vae: NarrowTAESD, images: Tensor, minutes: float, peak: float, batch: int, decoder_only: bool) -> NarrowTAESD:
+    """The moving average of the autoencoder's weights."""
     vae.encoder.requires_grad_(not decoder_only)
     parameters = [p for p in vae.parameters() if p.requires_grad]
     kernels = [p for p in parameters if p.ndim == 4 and min(p.shape[:2]) > 4]
     others = [p for p in parameters if p.ndim < 4 or min(p.shape[:2]) <= 4]
     optimizers = [Muon(kernels, peak), torch.optim.AdamW(others, peak, betas=(0.9, 0.97))]
-    average = [p.detach().clone() for p in vae.parameters()]
+    shared, average = DistributedDataParallel(vae), moving_average(vae, 0.998)
     noise = 0.03 if decoder_only else 0.05
     clock, step = Clock(minutes), 0
     while clock.progress < 1:
@@ -80,24 +80,21 @@ def train(vae: NarrowTAESD, images: Tensor, minutes: float, peak: float, batch: 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(peak, step, clock.progress)
         target = as_batch(images[torch.randint(HELD_BACK, len(images), (batch,))])
-        latents = vae.encoder(target)
-        output = vae.decoder(latents + noise * torch.randn_like(latents))
+        output, latents = shared(target, noise)
         loss = reconstruction_loss(output, target) + latent_penalty(latents)
         loss.backward()
-        clock.share_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        vae.zero_grad()
+        average.update_parameters(vae)
+        clock.tick()
         step += 1
-        decay = min(0.998, step / (step + 20))
-        torch._foreach_lerp_(average, [p.detach() for p in vae.parameters()], 1 - decay)
         if step % 100 == 0 and dist.get_rank() == 0:
             psnr = -10 * torch.log10(F.mse_loss(output, target)).item()
             speed = step * batch * dist.get_world_size() / clock.seconds
             print(f"{step} {clock.seconds:.0f}s psnr {psnr:.2f} {speed:.0f}/s", flush=True)
-    for parameter, mean in zip(vae.parameters(), average, strict=False):
-        parameter.data.copy_(mean)
+    return average.module
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -112,7 +109,7 @@ def worker(args: argparse.Namespace) -> None:
         vae.load_state_dict(torch.load(target))
     vae = vae.to(memory_format=torch.channels_last)
     torch.manual_seed(1 + dist.get_rank())  # but pictures and noise of its own
-    train(vae, images, args.minutes, args.learning_rate, args.batch, args.decoder_only)
+    vae = train(vae, images, args.minutes, args.learning_rate, args.batch, args.decoder_only)
     if dist.get_rank() == 0:
         torch.save(vae.state_dict(), target)
         report(vae.eval(), images[:HELD_BACK], target)
