@@ -6,7 +6,7 @@ from dataclasses import replace
 import comfy.model_management
 import pytest
 import torch
-from families import NAMED, build, flux_network, prepared
+from families import NAMED, build, prepared
 
 from textual_inversion import TrainConfig, TrainingError, TrainingStopped, UserError, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel
@@ -148,7 +148,7 @@ def test_a_model_that_is_not_wholly_loaded_is_refused(graph, monkeypatch):
 
 def test_an_encoder_that_the_model_ignores_keeps_its_vectors():
     """Flux's network without its input for CLIP's pooled output: the file still has to have CLIP's vectors."""
-    family = replace(FLUX, unet=flux_network(vec_in_dim=None))
+    family = replace(FLUX, unet=FLUX.unet | {"vec_in_dim": None})
     _, steps, text = learn(family, build(family))
     moved = {key: not torch.equal(rows, steps[0].best.vectors[key]) for key, rows in steps[-1].best.vectors.items()}
     assert moved == {"clip_l": False, "t5xxl": True}

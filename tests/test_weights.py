@@ -15,14 +15,14 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfyui_pack import weights_hash
-from families import NAMED, agrees, build, flux_network, gradients
+from families import NAMED, agrees, build, gradients
 from torch import nn
 
 from textual_inversion.adapters.comfyui_autograd import ordinary_weights
 from textual_inversion.adapters.comfyui_tokens import vocabularies
 
 FLUX = NAMED["Flux.1 dev"]
-WIDE = flux_network(hidden_size=256, num_heads=2)  # some formats take blocks of 256
+WIDE = NAMED["Flux.1 dev"].unet | {"hidden_size": 256, "num_heads": 2}  # some formats take blocks of 256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
