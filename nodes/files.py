@@ -5,6 +5,7 @@ from pathlib import Path
 import folder_paths
 
 from ..textual_inversion import UserError
+from ..textual_inversion.formats import FORMATS
 
 
 def embeddings_folder() -> Path:
@@ -12,10 +13,13 @@ def embeddings_folder() -> Path:
 
 
 def embedding_files() -> list[str]:
-    """Names of the readable files in the embeddings folders. ComfyUI's own list leaves out PNGs."""
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths("embeddings")]
-    cards = {card.relative_to(folder).as_posix() for folder in folders for card in folder.rglob("*.png")}
-    return sorted({*folder_paths.get_filename_list("embeddings"), *cards})
+    """Names of the readable files in the embeddings folders. ComfyUI's own list has only what ComfyUI reads."""
+    names = set(folder_paths.get_filename_list("embeddings"))
+    for folder in map(Path, folder_paths.get_folder_paths("embeddings")):
+        for format in FORMATS.values():
+            if not format.stock_reads_it:
+                names |= {file.relative_to(folder).as_posix() for file in folder.rglob(f"*{format.suffix}")}
+    return sorted(names)
 
 
 def embedding_file(name: str) -> Path:

@@ -42,10 +42,10 @@ class SaveEmbedding(io.ComfyNode):
     @classmethod
     def execute(cls, embedding, name, overwrite, format: formats.FormatName = "comfyui", picture=None) -> io.NodeOutput:
         name = formats.file_name(name.strip() or embedding.trigger)
-        folder, suffix = embeddings_folder(), formats.FORMATS[format].suffix
+        folder, (suffix, _, stock_reads_it) = embeddings_folder(), formats.FORMATS[format]
         path = folder / f"{name}{suffix}" if overwrite else formats.free_path(folder, name, suffix)
         written = formats.write(embedding, path, format, None if picture is None else to_pillow(picture[-1]))
-        if len(written) > 1 or suffix == ".png":  # embedding:NAME works with neither; Load Embedding reads them
+        if len(written) > 1 or not stock_reads_it:  # Load Embedding reads them
             return io.NodeOutput("", ui=ui.PreviewText(" and ".join(file.name for file in written)))
         prompt = f"embedding:{path.stem}"
         return io.NodeOutput(prompt, ui=ui.PreviewText(prompt))

@@ -15,7 +15,7 @@ class StateFile:
     owner: str
     """Hash of workflow and node; without a workflow of settings and pictures alone."""
     fingerprint: str
-    """Of settings and pictures."""
+    """Fingerprint of settings and pictures."""
 
     @classmethod
     def of(cls, workflow: str, node: str, fingerprint: str) -> "StateFile":
@@ -24,7 +24,10 @@ class StateFile:
 
     def read(self) -> dict[str, Any] | None:
         """What was saved with the same settings and pictures, by any node."""
-        return next(filter(None, map(load_state, states_folder().glob(f"*-{self.fingerprint}.state"))), None)
+        for path in states_folder().glob(f"*-{self.fingerprint}.state"):
+            if saved := load_state(path):
+                return saved
+        return None
 
     def write(self, content: dict[str, Any]) -> None:
         save_state(states_folder() / f"{self.owner}-{self.fingerprint}.state", content)

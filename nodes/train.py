@@ -12,7 +12,7 @@ from .files import base_model, workflow_id
 from .live import LiveRun
 from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, SettingsSocket, config_of, widget
 from .state_file import StateFile
-from .training_run import Request, learn
+from .training_run import Request, run_training
 
 
 class Train(io.ComfyNode):
@@ -83,16 +83,16 @@ class Train(io.ComfyNode):
         check_trigger(config.trigger)
         check_settings(config)
         pictures, masks, captions = _single(images), _single(masks or []), captions or []
-        given = resume[0] if resume else None
-        inputs = [*pictures, *masks, *(given.parameters() if given else ())]
+        continued = resume[0] if resume else None
+        inputs = [*pictures, *masks, *(continued.parameters() if continued else ())]
         workflow, node = workflow_id(cls.hidden.extra_pnginfo), cls.hidden.unique_id
-        file = StateFile.of(workflow, node, fingerprint(config, captions, inputs))
+        state_file = StateFile.of(workflow, node, fingerprint(config, captions, inputs))
         # ComfyUI's inference tensors cannot be trained on.
         with LiveRun(workflow, node) as live, torch.inference_mode(False):
             comfy_model = ComfyModel(model[0], clip[0], vae[0], config.gradient_checkpointing)
             dataset = make_dataset(comfy_model.encode_images, pictures, masks, captions, config)
-            request = Request(config, preview, given, base_model(cls.hidden.prompt, node))
-            result = learn(comfy_model, dataset, request, live, file)
+            request = Request(config, preview, continued, base_model(cls.hidden.prompt, node))
+            result = run_training(comfy_model, dataset, request, live, state_file)
         shown = {"text": [result.report], "textual_inversion": [live.record.to_dict()]}
         return io.NodeOutput(
             result.embedding, {"loss": result.losses}, torch.cat(result.pictures), result.report, ui=shown

@@ -40,7 +40,7 @@ class Request:
 
     config: TrainConfig
     preview: PreviewConfig
-    given: Embedding | None
+    continued: Embedding | None
     """An embedding to train further."""
     base_model: str
     """File name of the model, for the metadata."""
@@ -56,22 +56,22 @@ class Result:
     """Previews, (1, H, W, 3) each, the last one of ``embedding``."""
 
 
-def learn(model: ComfyModel, dataset: Dataset, request: Request, live: LiveRun, file: StateFile) -> Result:
+def run_training(model: ComfyModel, dataset: Dataset, request: Request, live: LiveRun, state_file: StateFile) -> Result:
     """Trains, or resumes an unfinished run of the same settings and pictures."""
-    began, saved = time.perf_counter(), file.read()
+    began, saved = time.perf_counter(), state_file.read()
     with model.training() as trainable:
         start, config = starting_point(trainable, dataset, request, saved, live)
-        run = TrainingRun(trainable, config, request, dataset.latents[0].shape, live, file)
-        steps = train(trainable, start.trainable(), dataset, config, saved and saved["training"])
+        run = TrainingRun(trainable, config, request, dataset.latents[0].shape, live, state_file)
+        steps = train(trainable, start.trainable(), dataset, config, saved["training"] if saved else None)
         last, ended = run.follow(steps, saved)
         learned = run.write(last, formats.free_path(temporary_folder(), formats.file_name(config.trigger)))
         live.tell("finishing", message=ended or live.record.message)
-        origin = "the given embedding" if request.given else repr(config.initializer)
+        origin = "the given embedding" if request.continued else repr(config.initializer)
         text = report(trainable, dataset, config, start, last, origin, ended)
     if not model.supports_embedding_files:
         text += "\nembedding:NAME does not work with this text encoder: use Load Embedding and Apply Embedding."
     run.draw(model, learned, last.number)
-    file.remove()
+    state_file.remove()
     text += f"\n{time.perf_counter() - began:.0f} s, previews included."
     return Result(learned, text, run.losses, run.pictures)
 
@@ -79,11 +79,11 @@ def learn(model: ComfyModel, dataset: Dataset, request: Request, live: LiveRun, 
 def starting_point(
     model: TrainableModel, dataset: Dataset, request: Request, saved: dict[str, Any] | None, live: LiveRun
 ) -> tuple[Embedding, TrainConfig]:
-    """The vectors to start from, and the config with what they settle: initializer and number of vectors."""
+    """The vectors to start from, and the config completed with their initializer and their number."""
     config, vocabularies = request.config, model.vocabularies()
-    if request.given is not None:
+    if request.continued is not None:
         widths = {key: vocabulary.vectors.shape[1] for key, vocabulary in vocabularies.items()}
-        start = request.given.renamed(config.trigger).for_encoders(widths)
+        start = request.continued.renamed(config.trigger).for_encoders(widths)
         model.check_compatible(dataset.latents[0], config.trigger, start)
         return start, replace(config, vectors=start.count)
     start = initial_embedding(vocabularies, config.trigger, config.initializer, config.vectors)
@@ -104,17 +104,17 @@ class TrainingRun:
     config: TrainConfig
     request: Request
     shape: Sequence[int]
-    """Of the latents of a preview picture, (C, h, w)."""
+    """Latent shape (C, h, w) of a preview picture."""
     live: LiveRun
-    file: StateFile
+    state_file: StateFile
     losses: list[float] = field(default_factory=list)
     fixed: list[tuple[int, float]] = field(default_factory=list)
     pictures: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0
-    """Of one step, averaged."""
+    """Average time of one step."""
 
     def follow(self, steps: Iterator[Step], saved: dict[str, Any] | None) -> tuple[Step, str]:
-        """The last good step, and why it is the last where the loop did not end by itself."""
+        """The last good step, and the reason why training stopped before the loop ended, or an empty string."""
         progress = comfy.utils.ProgressBar(self.config.steps)
         last = next(steps)
         self.begin(last, saved)
@@ -147,7 +147,7 @@ class TrainingRun:
             message = f"Resumed the unfinished run at step {first.number}."
         else:
             self.losses, self.fixed = [first.loss], [(0, first.loss)]
-            if saved or self.file.has_others:
+            if saved or self.state_file.has_others:
                 changed = "the model" if saved else "settings or pictures"
                 message = f"Started over: {changed} changed since the unfinished run."
         self.live.tell("learning", message=message, steps=self.config.steps)
@@ -160,15 +160,15 @@ class TrainingRun:
 
     def show(self, step: Step, progress: comfy.utils.ProgressBar) -> None:
         """A preview and the saved state where they are due, the panel, and ComfyUI's progress bar."""
-        if self.preview_is_due(step):
+        if self.take_preview_request() or self.preview_is_due(step):
             with self.model.paused() as model:
                 self.draw(model, step.state.tokens.concept.snapshot(), step.number)
-        self.tell(step)
+        self.send_progress(step)
         if step.number and step.number % SAVE_EVERY == 0:
             self.save(step)
         progress.update_absolute(step.number)
 
-    def tell(self, step: Step) -> None:
+    def send_progress(self, step: Step) -> None:
         """Sends everything about the run to the panel."""
         self.live.tell(
             "learning",
@@ -181,10 +181,15 @@ class TrainingRun:
             fixed=self.fixed,
         )
 
-    def preview_is_due(self, step: Step) -> bool:
-        asked, every = self.live.preview.is_set(), self.request.preview.preview_every
+    def take_preview_request(self) -> bool:
+        """Whether the button *Preview now* was pressed since the last call."""
+        pressed = self.live.preview.is_set()
         self.live.preview.clear()
-        return asked or bool(every and step.number % every == 0)
+        return pressed
+
+    def preview_is_due(self, step: Step) -> bool:
+        every = self.request.preview.preview_every
+        return every > 0 and step.number % every == 0
 
     def draw(self, model: DiffusionModel, embedding: Embedding, number: int) -> None:
         """One preview picture of the vectors at step ``number``."""
@@ -200,7 +205,7 @@ class TrainingRun:
 
     def save(self, step: Step) -> None:
         """Writes what is needed to resume."""
-        self.file.write(
+        self.state_file.write(
             {
                 "training": step.state.to_dict(),
                 "initializer": self.config.initializer,

@@ -5,6 +5,7 @@ import json
 import zlib
 from collections import OrderedDict
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -271,7 +272,7 @@ def test_names_of_encoders_are_found_when_other_files_are_converted(tmp_path):
 # Text encoders that hold embeddings for another model than their width would say, or for none.
 OTHER_ENCODERS = ["gemma4", "t5base", "umt5base", "t5gemma", "byt5_small", "gpt_oss", "hidream_o1", "lyrics"]
 OTHER_ENCODERS += ["sam3_clip", "qwen35_08b", "qwen3vl_4b"]
-NAMELESS = ["*", "emb_params", "emp_params", "string_to_param.*", "<word>", "my style"]
+GENERIC_KEYS = ["*", "emb_params", "emp_params", "string_to_param.*", "<word>", "my style"]
 
 
 @pytest.mark.parametrize("width", [768, 1024, 1280, 1472, 2560])
@@ -292,7 +293,7 @@ def test_key_of_an_encoder_is_kept_whatever_its_width(tmp_path, key, width):
 
 
 @pytest.mark.parametrize(("width", "usual"), [(768, "clip_l"), (1024, "clip_h"), (1280, "clip_g"), (2560, None)])
-@pytest.mark.parametrize("key", NAMELESS)
+@pytest.mark.parametrize("key", GENERIC_KEYS)
 def test_key_that_says_nothing_is_settled_by_the_model_or_the_usual_width(tmp_path, key, width, usual):
     rows = vectors({key: width})
     save_file(rows, tmp_path / "word.safetensors")
@@ -419,3 +420,7 @@ def test_pickled_rubbish_is_refused(tmp_path):
         torch.save(content, tmp_path / "rubbish.pt")
         with pytest.raises(UserError, match="not an embedding"):
             formats.read(tmp_path / "rubbish.pt")
+
+
+def test_every_format_has_a_name_in_the_choices():
+    assert tuple(formats.FORMATS) == get_args(formats.FormatName)

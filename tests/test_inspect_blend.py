@@ -9,7 +9,7 @@ from ti_pack.nodes.embedding_chart import BAR, HEADING, MARGIN, MOST_ROWS, ROW, 
 
 from textual_inversion import Embedding, UserError
 from textual_inversion.adapters.comfyui_tokens import embedding_keys, vocabularies
-from textual_inversion.blend import blend, chosen, slerp, take
+from textual_inversion.blend import blend, parse_vector_numbers, slerp, take
 from textual_inversion.inspection import Vectors, describe, inspect
 
 
@@ -97,7 +97,7 @@ def test_join_then_take_gives_back_both():
     ],
 )
 def test_chosen_vectors(text, rows):
-    assert chosen(text, 5) == rows
+    assert parse_vector_numbers(text, 5) == rows
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_chosen_vectors(text, rows):
 )
 def test_bad_choices_of_vectors(text, message):
     with pytest.raises(UserError, match=message):
-        chosen(text, 5)
+        parse_vector_numbers(text, 5)
 
 
 def test_words_that_cannot_be_blended():

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import Bench, Concept
 from safetensors.torch import load_file
 
+from demo.measure import Bench, Concept
 from textual_inversion import TrainConfig, initial_embedding, train
 from textual_inversion.state import fingerprint, load_state
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .embedding import Embedding, named_by_width
+from .embedding import Embedding, with_guessed_encoders
 from .errors import UserError
 
 _RANGE = re.compile(r"(-?)(\d+)(?:-(\d+))?")
@@ -33,11 +33,12 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     lengths = rows.norm(dim=-1, keepdim=True)  # (2, vectors, 1)
     start, end = rows / lengths  # NaN for zeros: neither comparison below holds
     apart, together = (start - end).norm(dim=-1), (start + end).norm(dim=-1)
-    lost = (~(together > _OPPOSITE)).nonzero()
-    if len(lost):
+    undefined_rows = (~(together > _OPPOSITE)).nonzero()
+    if len(undefined_rows):
+        number = undefined_rows[0].item() + 1
         raise UserError(
-            f"slerp cannot interpolate between vector {lost[0].item() + 1} of a and of b, because they are opposite "
-            "or zero: use weighted sum."
+            f"slerp cannot interpolate between vector {number} of a and of b, because they are opposite or zero: "
+            "use weighted sum."
         )
     # atan2 is exact for small angles too, unlike the arc cosine; sinc keeps sin(x) / sin(w) finite at w = 0.
     turns = (2 * torch.atan2(apart, together) / torch.pi)[:, None]  # (vectors, 1); 1 is half a turn
@@ -82,16 +83,19 @@ def blend(a: Embedding, b: Embedding, mode: str, weight: float) -> Embedding:
     vectors = {key: MODES[mode](rows, b.vectors[key], weight) for key, rows in a.vectors.items()}
     agreed = {key: value for key, value in a.metadata.items() if b.metadata.get(key) == value}
     how = "" if mode == "join" else f", weight {weight:g}"
-    return _told(replace(a, vectors=vectors, metadata=agreed), f"{mode} of {_name(a)} and {_name(b)}{how}")
+    return _with_history(
+        replace(a, vectors=vectors, metadata=agreed),
+        f"{mode} of {_history(a)} and {_history(b)}{how}",
+    )
 
 
 def take(embedding: Embedding, numbers: str) -> Embedding:
-    """Keeps the vectors that ``numbers`` selects (see ``chosen``), for every text encoder."""
-    vectors = {key: rows[chosen(numbers, len(rows))] for key, rows in embedding.vectors.items()}
-    return _told(replace(embedding, vectors=vectors), f"vectors {numbers.strip()} of {_name(embedding)}")
+    """Keeps the vectors that ``numbers`` selects (see ``parse_vector_numbers``), for every text encoder."""
+    vectors = {key: rows[parse_vector_numbers(numbers, len(rows))] for key, rows in embedding.vectors.items()}
+    return _with_history(replace(embedding, vectors=vectors), f"vectors {numbers.strip()} of {_history(embedding)}")
 
 
-def chosen(numbers: str, count: int) -> list[int]:
+def parse_vector_numbers(numbers: str, count: int) -> list[int]:
     """The row indices, from 0, that a text such as ``1-3, 5`` selects from ``count`` rows, in the order of the text.
 
     ``-2`` and ``-2-4`` drop rows; a text that only drops keeps all the others.
@@ -120,7 +124,7 @@ def chosen(numbers: str, count: int) -> list[int]:
 
 def _same_encoders(a: Embedding, b: Embedding) -> tuple[Embedding, Embedding]:
     """Both embeddings, with the vectors of ``b`` under the keys of ``a``."""
-    a, b = named_by_width(a), named_by_width(b)
+    a, b = with_guessed_encoders(a), with_guessed_encoders(b)
     try:
         matched = b.for_encoders({key: rows.shape[-1] for key, rows in a.vectors.items()})
     except UserError:
@@ -133,10 +137,10 @@ def _same_encoders(a: Embedding, b: Embedding) -> tuple[Embedding, Embedding]:
     return a, matched
 
 
-def _told(embedding: Embedding, what: str) -> Embedding:
+def _with_history(embedding: Embedding, what: str) -> Embedding:
     return replace(embedding, metadata={**embedding.metadata, "blend": what})
 
 
-def _name(embedding: Embedding) -> str:
+def _history(embedding: Embedding) -> str:
     """How the embedding was blended, or its trigger word if it was not."""
     return f"({embedding.metadata['blend']})" if "blend" in embedding.metadata else embedding.trigger

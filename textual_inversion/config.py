@@ -16,7 +16,7 @@ Schedule = Literal["cosine", "constant"]
 def bounded(default: Any, low: float, high: float, step: float = 1, saved_as: str = "") -> Any:
     """A number field with its limits and the step of its widget.
 
-    ``saved_as`` is the name that workflows and unfinished runs on disk have for it, where it was renamed.
+    ``saved_as``: the old name of a renamed field, which saved workflows and unfinished runs still use.
     """
     return field(default=default, metadata={"min": low, "max": high, "step": step, "saved_as": saved_as})
 
@@ -32,7 +32,7 @@ class TrainConfig:
     """One or more words to start from, such as "toy" or "red hat". Empty: search the vocabulary for the best one."""
 
     kind: Kind = "object"
-    """What the pictures have in common: an object, a style or a face. Custom uses the template below."""
+    """What to learn from the pictures: an object, a style or a face. Custom uses the template below."""
 
     template: str = ""
     """Prompts for kind "custom", one per line, with {} for the trigger word: "a sketch of {}"."""

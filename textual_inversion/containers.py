@@ -20,12 +20,12 @@ from torch import Tensor
 from .errors import UserError
 
 # Limits far above those of any prompt and text encoder: anything larger is not an embedding.
-MOST_VECTORS = 1024
-MOST_WIDTH = 32_768
-MOST_TENSORS = 16
-MOST_BYTES = 64 * 2**20  # for files that are read as a whole; safetensors are read tensor by tensor
-MOST_JSON = 8 * 2**20
-MOST_PIXELS = 32 * 2**20
+MAX_VECTORS = 1024
+MAX_WIDTH = 32_768
+MAX_TENSORS = 16
+MAX_BYTES = 64 * 2**20  # for files that are read as a whole; safetensors are read tensor by tensor
+MAX_JSON = 8 * 2**20
+MAX_PIXELS = 32 * 2**20
 
 PNG_TEXT = "sd-ti-embedding"
 BUNDLE = "bundle_emb."  # prefix of an embedding in a LoRA file: bundle_emb.TRIGGER.KEY
@@ -36,7 +36,7 @@ Content = tuple[dict[str, Tensor], dict[str, str]]
 
 
 def open_file(path: Path) -> Content:
-    """The tensors of a file by key, at most ``MOST_TENSORS``, and its metadata. The type is detected by content.
+    """The tensors of a file by key, at most ``MAX_TENSORS``, and its metadata. The type is detected by content.
 
     Of a LoRA file only the embeddings bundled in it.
 
@@ -55,8 +55,9 @@ def open_file(path: Path) -> Content:
 
 
 def check_shape(key: str, shape: tuple[int, ...], is_float: bool, path: Path) -> None:
+    """Raises UserError unless this is a vector or a matrix of floats within the limits."""
     rows = shape[0] if len(shape) == 2 else 1
-    fits = len(shape) in (1, 2) and 0 < rows <= MOST_VECTORS and 0 < shape[-1] <= MOST_WIDTH
+    fits = len(shape) in (1, 2) and 0 < rows <= MAX_VECTORS and 0 < shape[-1] <= MAX_WIDTH
     if not (fits and is_float):
         raise UserError(f"{path.name} is not an embedding: {key or 'it'} has shape {shape}.")
 
@@ -66,7 +67,7 @@ class _Parameters:
 
 
 def _check_size(path: Path) -> None:
-    if path.stat().st_size > MOST_BYTES:
+    if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path.name} is too large for an embedding.")
 
 
@@ -74,7 +75,7 @@ def _open_safetensors(path: Path) -> Content:
     with safe_open(path, framework="pt") as file:
         keys = list(file.keys())
         keys = [key for key in keys if key.startswith(BUNDLE)] or keys
-        if len(keys) > MOST_TENSORS and not keys[0].startswith(BUNDLE):
+        if len(keys) > MAX_TENSORS and not keys[0].startswith(BUNDLE):
             raise UserError(f"{path.name} is not an embedding: it contains {len(keys)} tensors, such as {keys[0]}.")
         for key in keys:  # check before loading anything
             described = file.get_slice(key)
@@ -109,13 +110,13 @@ def _open_png(path: Path) -> Content:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=["PNG"]) as image:
-            if image.width * image.height > MOST_PIXELS:
+            if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path.name} is too large for a picture with an embedding.")
             text = getattr(image, "text", {}).get(PNG_TEXT)
             data = base64.b64decode(text) if text else _hidden_in_pixels(np.asarray(image.convert("RGB")))
     if data is None:
         raise UserError(f"{path.name} is a picture without an embedding.")
-    if len(data) > MOST_JSON:
+    if len(data) > MAX_JSON:
         raise UserError(f"{path.name} is too large for an embedding.")
 
     def tensor(item: dict) -> Any:
@@ -143,7 +144,7 @@ def _hidden_in_pixels(pixels: np.ndarray) -> bytes | None:
         return None
     mask = _scramble(left.size).reshape(left.shape)
     try:
-        return zlib.decompressobj().decompress((((right ^ mask) << 4) | (left ^ mask)).tobytes(), MOST_JSON + 1)
+        return zlib.decompressobj().decompress((((right ^ mask) << 4) | (left ^ mask)).tobytes(), MAX_JSON + 1)
     except zlib.error:
         return None
 
@@ -171,7 +172,7 @@ def _unwrap(content: Any, path: Path) -> Content:
     if not isinstance(vectors, Mapping):
         raise UserError(f"{path.name} is not an embedding: it contains {', '.join(map(str, content))}.")
     tensors = {str(key): value for key, value in vectors.items() if isinstance(value, Tensor)}
-    if not 0 < len(tensors) <= MOST_TENSORS:
+    if not 0 < len(tensors) <= MAX_TENSORS:
         raise UserError(f"{path.name} is not an embedding: it contains {len(tensors)} tensors.")
     return tensors, metadata
 

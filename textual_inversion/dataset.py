@@ -81,12 +81,12 @@ class Dataset:
     """What training draws from. Items of different shapes may be mixed; a batch never mixes them."""
 
     latents: list[Tensor]  # (C, h, w) each, in the model's latent scale; of a video model (C, 1, h, w)
-    mirrored: list[Tensor]  # the same of the mirrored pictures, or empty
+    mirrored: list[Tensor]  # latents of the mirrored pictures, or empty
     masks: list[Tensor]  # one channel of a latent each, in 0..1, or empty
     prompts: list[tuple[str, ...]]  # the prompts of item i, with the trigger word in place
     image_triggers: list[str]  # trigger of the per-image token in the prompts of item i, or empty
 
-    def shapes(self) -> list[list[int]]:
+    def indices_by_shape(self) -> list[list[int]]:
         """Items grouped by latent shape, in order of first appearance."""
         groups: dict[torch.Size, list[int]] = {}
         for index, latent in enumerate(self.latents):
@@ -96,7 +96,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Batch:
-    """One training example a row; all that is random about it is already drawn."""
+    """One training example per row, with all random values already drawn."""
 
     latents: Tensor  # (B, C, h, w)
     masks: Tensor | None  # (B, 1, h, w)
@@ -162,7 +162,7 @@ def _latent_mask(mask: Tensor, image: Tensor, latent: Tensor, size: int, number:
 
 def training_batches(dataset: Dataset, config: TrainConfig, generator: torch.Generator) -> Iterator[Batch]:
     """Endless random batches, each of one shape. Within a shape every picture is drawn equally often."""
-    groups = dataset.shapes()
+    groups = dataset.indices_by_shape()
     orders = [_shuffled(group, generator) for group in groups]
     sizes = torch.tensor([len(group) for group in groups], dtype=torch.float64)
     while True:
@@ -182,7 +182,7 @@ def fixed_batches(dataset: Dataset, config: TrainConfig, draws_per_picture: int 
     every = 1 if draws_per_picture else math.ceil(pictures / FIXED_DRAWS)
     draws = draws_per_picture or max(1, FIXED_DRAWS // pictures)
     batches = []
-    for group in dataset.shapes():
+    for group in dataset.indices_by_shape():
         indices = [index for index in group[::every] for _ in range(draws)]
         quantiles = (torch.randperm(len(indices), generator=generator) + 0.5) / len(indices)
         for start in range(0, len(indices), config.batch_size):

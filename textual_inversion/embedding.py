@@ -86,15 +86,17 @@ class Embedding:
     def for_encoders(self, encoders: dict[str, int]) -> "Embedding":
         """The vectors by the keys of these encoders, ``{"clip_l": 768}``: found by key, then by width.
 
-        By width only unnamed ones, and only where one fits one.
-        Raises UserError, naming both sides, where an encoder is left without vectors.
+        Matching by width applies only to unnamed keys, and only if it is unambiguous.
+        Raises UserError, naming both sides, if an encoder would get no vectors.
         """
         found = {}
         for key, width in encoders.items():
-            same = [width] == [w for w in encoders.values() if w == width]
-            unnamed = [name for name, t in self.vectors.items() if name in self.unnamed and t.shape[-1] == width]
-            choice = key if key in self.vectors else unnamed[0] if same and len(unnamed) == 1 else None
-            if choice is None or self.vectors[choice].shape[-1] != width:
+            of_this_width = [name for name in self.unnamed if self.vectors[name].shape[-1] == width]
+            if key not in self.vectors and len(of_this_width) == list(encoders.values()).count(width) == 1:
+                choice = of_this_width[0]
+            else:
+                choice = key
+            if choice not in self.vectors or self.vectors[choice].shape[-1] != width:
                 ours = {name: tensor.shape[-1] for name, tensor in self.vectors.items()}
                 raise UserError(
                     f"The embedding {self.trigger!r} is made for another model: it has {_list(ours)}, "
@@ -119,10 +121,10 @@ class Embedding:
         return replace(self, vectors=vectors)
 
 
-def named_by_width(embedding: Embedding) -> Embedding:
-    """Names the encoders of vectors whose file did not, by the widths of Stable Diffusion's CLIPs.
+def with_guessed_encoders(embedding: Embedding) -> Embedding:
+    """Guesses the encoders of unnamed vectors from the widths of Stable Diffusion's CLIPs.
 
-    Raises UserError where two encoders would have the same name.
+    Raises UserError if two sets of vectors would have the same name.
     """
     usual = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
     vectors = {}
@@ -137,8 +139,9 @@ def named_by_width(embedding: Embedding) -> Embedding:
 
 
 def ordered(vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The first text encoder first, which a safetensors file does not keep."""
-    return dict(sorted(vectors.items(), key=lambda item: ENCODERS.index(item[0]) if item[0] in ENCODERS else -1))
+    """Restores the order of the text encoders, which safetensors does not keep."""
+    rank = {key: position for position, key in enumerate(ENCODERS)}
+    return dict(sorted(vectors.items(), key=lambda item: rank.get(item[0], -1)))
 
 
 def resample(rows: Tensor, count: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Embedding files of every tool: recognised by content, read without running code, written and read back.
 
-docs/formats.md lists who writes what.  ``read`` gives vectors the names the file has for them;
-``Embedding.for_encoders`` finds the text encoder each belongs to.
+docs/formats.md lists who writes what. ``read`` keeps the keys of the file;
+``Embedding.for_encoders`` finds the text encoder that each belongs to.
 """
 
 import base64
@@ -20,12 +20,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .containers import BUNDLE, PNG_TEXT, check_shape, open_file
-from .embedding import ENCODERS, Embedding, named_by_width, ordered
+from .embedding import ENCODERS, Embedding, ordered, with_guessed_encoders
 from .errors import UserError
 from .prompts import RESERVED_NAMES
 
-SPELLINGS = {"t5": "t5xxl"}
-NAMELESS = {"", "*", "emb_params", "emp_params", "string_to_param.*"}  # keys that are no trigger word
+ENCODER_ALIASES = {"t5": "t5xxl"}
+GENERIC_KEYS = {"", "*", "emb_params", "emp_params", "string_to_param.*"}  # keys that are no trigger word
 _NAME = re.compile(r"[\w\-+ ]{1,100}")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,26 +36,30 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def read(path: Path, trigger: str = "", encoders: Collection[str] = ENCODERS) -> Embedding:
     """Reads an embedding; ``trigger`` chooses one where a file holds several.
 
-    Keys of the file that are none of ``encoders`` say nothing about the vectors: they are ``unnamed``.
+    Keys that are not among ``encoders`` are listed in ``unnamed``.
     The metadata key ``left out`` names vectors that are not token embeddings.
 
     Raises UserError, naming what is in the file, for a file that is not an embedding.
     """
     tensors, metadata = open_file(path)
     found = _by_trigger(tensors)
-    if trigger not in found and len(found) > 1:
+    if trigger in found:
+        name = trigger
+    elif len(found) == 1:
+        name = next(iter(found))
+    else:
         raise UserError(f"{path.name} contains the embeddings {', '.join(found)}: choose one of them.")
-    name, vectors = (trigger, found[trigger]) if trigger in found else next(iter(found.items()), ("", {}))
+    vectors = found[name]
     outputs = [key for key in vectors if key.endswith("_out")]
     if outputs:  # OneTrainer's vectors behind the text encoder: no prompt can carry them
         metadata["left out"] = ", ".join(outputs)
-    vectors = {SPELLINGS.get(key, key): _matrix(key, t, path) for key, t in vectors.items() if key not in outputs}
+    vectors = {ENCODER_ALIASES.get(key, key): _matrix(key, t, path) for key, t in vectors.items() if key not in outputs}
     if not vectors:
         raise UserError(f"{path.name} contains no token vectors{', only ' + ', '.join(outputs) if outputs else ''}.")
     unnamed = [key for key in vectors if key not in encoders]
-    token = next((key for key in unnamed if key not in NAMELESS), "")
-    spelled = metadata.get("trigger") or name or token or path.stem
-    return Embedding(spelled, ordered(vectors), metadata, frozenset(unnamed))
+    key_trigger = next((key for key in unnamed if key not in GENERIC_KEYS), "")
+    stored_trigger = metadata.get("trigger") or name or key_trigger or path.stem
+    return Embedding(stored_trigger, ordered(vectors), metadata, frozenset(unnamed))
 
 
 def read_pair(first: Path, second: Path, encoders: Collection[str] = ENCODERS) -> Embedding:
@@ -95,9 +99,9 @@ def _matrix(key: str, tensor: Tensor, path: Path) -> Tensor:
 
 
 class File(NamedTuple):
-    """One file of a format: what its name has after the given one, its bytes, and its vectors."""
+    """One file of a format: what is appended to the given name, its bytes, and its vectors."""
 
-    ending: str
+    name_suffix: str
     data: bytes
     vectors: list[Tensor]
 
@@ -112,20 +116,20 @@ def _a1111(embedding: Embedding, picture: Image.Image | None) -> list[File]:
 
 
 def _diffusers(embedding: Embedding, picture: Image.Image | None) -> list[File]:
-    """One key, the trigger; SDXL a file for each encoder; with T5 the keys of its advanced scripts."""
+    """One key, the trigger. SDXL: one file per encoder. With T5: the keys of the advanced scripts."""
     if set(embedding.vectors) <= {"clip_l", "clip_g"} or len(embedding.vectors) == 1:
         return [
-            File(ending, save({embedding.trigger: tensor}), [tensor])
-            for ending, tensor in zip(("", "_2"), embedding.vectors.values(), strict=False)
+            File(name_suffix, save({embedding.trigger: tensor}), [tensor])
+            for name_suffix, tensor in zip(("", "_2"), embedding.vectors.values(), strict=False)
         ]
-    spelled = {ours: theirs for theirs, ours in SPELLINGS.items()}
-    named = {spelled.get(key, key): tensor for key, tensor in embedding.vectors.items()}
+    their_keys = {ours: theirs for theirs, ours in ENCODER_ALIASES.items()}
+    named = {their_keys.get(key, key): tensor for key, tensor in embedding.vectors.items()}
     return [File("", save(named), list(named.values()))]
 
 
 def _concepts_library(embedding: Embedding, picture: Image.Image | None) -> list[File]:
-    """``learned_embeds.bin``: one vector has one dimension."""
-    tensor = _only(embedding, "A file of the concepts library")
+    """``learned_embeds.bin``; a single vector is stored with one dimension."""
+    tensor = _single_encoder_vectors(embedding, "A file of the concepts library")
     return [File("", _pickled({embedding.trigger: tensor[0] if len(tensor) == 1 else tensor}), [tensor])]
 
 
@@ -155,7 +159,7 @@ def _a1111_content(embedding: Embedding) -> dict[str, Any]:
     return {"string_to_token": {"*": 265}, "string_to_param": {"*": param}, **notes}
 
 
-def _only(embedding: Embedding, what: str) -> Tensor:
+def _single_encoder_vectors(embedding: Embedding, what: str) -> Tensor:
     if len(embedding.vectors) > 1:
         raise UserError(
             f"{what} has vectors for only one text encoder; this embedding has {', '.join(embedding.vectors)}."
@@ -171,7 +175,9 @@ def _pickled(content: Any) -> bytes:
 
 class Format(NamedTuple):
     suffix: str
-    files: Callable[[Embedding, Image.Image | None], list[File]]
+    make_files: Callable[[Embedding, Image.Image | None], list[File]]
+    stock_reads_it: bool = True
+    """Whether ``embedding:NAME`` works without this pack, where the format has one file."""
 
 
 FormatName = Literal["comfyui", "diffusers", "a1111", "concepts-library", "png-card"]
@@ -180,24 +186,24 @@ FORMATS: dict[FormatName, Format] = {
     "diffusers": Format(".safetensors", _diffusers),
     "a1111": Format(".pt", _a1111),
     "concepts-library": Format(".bin", _concepts_library),
-    "png-card": Format(".png", _png),
+    "png-card": Format(".png", _png, stock_reads_it=False),
 }
 
 
 def write(
     embedding: Embedding, path: Path, format: FormatName = "comfyui", picture: Image.Image | None = None
 ) -> list[Path]:
-    """Writes the file or files of a format, ``path`` being the first; each at once or not at all.
+    """Writes the file or files of a format, ``path`` being the first; each is complete or not there.
 
-    What was written is read back and compared before it takes its name.  ``picture`` is what a
+    Each is read back and its vectors are compared before it gets its name. ``picture`` is what a
     PNG card shows.
 
     Raises UserError when the format cannot hold the embedding, OSError when the disk cannot.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = []
-    for file in FORMATS[format].files(named_by_width(embedding.snapshot()), picture):
-        target = path.with_name(f"{path.stem}{file.ending}{path.suffix}")
+    for file in FORMATS[format].make_files(with_guessed_encoders(embedding.snapshot()), picture):
+        target = path.with_name(f"{path.stem}{file.name_suffix}{path.suffix}")
         temporary = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
         try:
             temporary.write_bytes(file.data)
@@ -216,10 +222,10 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def file_name(name: str) -> str:
-    """A name that every system and ComfyUI's ``embedding:NAME`` take.
+    """A file name that every system and ComfyUI's ``embedding:NAME`` accept.
 
-    Signs a trigger word may have but a file may not (``S*``, ``<cat>``) become ``_``.
-    Raises UserError where nothing sensible is left.
+    Characters allowed in a trigger but not in a file name (``S*``, ``<cat>``) become ``_``.
+    Raises UserError if nothing sensible is left.
     """
     if any(sign in name for sign in "/\\.:"):
         raise UserError(f"The name {name!r} must not contain slashes, dots or colons: enter a plain name.")
@@ -232,7 +238,7 @@ def file_name(name: str) -> str:
 def free_path(folder: Path, name: str, suffix: str = ".safetensors") -> Path:
     """``NAME.safetensors``, or the first of ``NAME-2``, ``NAME-3`` ... that no embedding has yet.
 
-    The suffix is no part of ``embedding:NAME``, so NAME.pt is in the way of NAME.safetensors too.
+    The suffix is not part of ``embedding:NAME``, so NAME.pt also blocks NAME.safetensors.
     """
     stem, number = name, 1
     while any((folder / f"{stem}{format.suffix}").exists() for format in FORMATS.values()):

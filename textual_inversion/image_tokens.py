@@ -2,7 +2,7 @@
 
 A picture without a caption gets a prompt with one more token, which stands for its background, or
 under a style for its subject. These tokens are trained with the embedding and then thrown away
-(docs/method.md has what they are worth).
+(docs/method.md measures their effect).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ from .vocabulary import Vocabulary
 
 IMAGE_SLOT = "{image}"
 
-# The templates of prompts.TEMPLATES with a second slot. The sentence has to expect something where
-# that slot stands: appended after a comma, the token takes nothing off the embedding.
+# The templates of prompts.TEMPLATES with a second slot. It must be a natural part of the sentence: a
+# token appended after a comma learned nothing that the embedding would otherwise learn.
 IMAGE_TEMPLATES: dict[str, tuple[str, ...]] = {
     "object": (
         "a photo of {} on a {image} background",

@@ -26,7 +26,9 @@ def best_word(model: TrainableModel, dataset: Dataset, config: TrainConfig) -> s
     gain in loss; the best 16 are then tried on the same fixed noise.
     """
     vocabularies = model.vocabularies()
-    neutral_vectors = {key: known.mean_direction(known.word_length())[None] for key, known in vocabularies.items()}
+    neutral_vectors = {
+        key: vocabulary.mean_direction(vocabulary.word_length())[None] for key, vocabulary in vocabularies.items()
+    }
     neutral = Embedding(config.trigger, neutral_vectors).trainable()
     image_tokens = new_image_tokens(vocabularies, dataset.image_triggers, neutral, config.per_image_tokens)
     batches = fixed_batches(dataset, config, DRAWS_PER_PICTURE)

@@ -13,6 +13,7 @@ from .objective import batch_loss
 
 # On top of what the forward pass keeps: the gradients of one block at a time.
 MARGIN = 1.2
+NO_ADDRESS = 0
 
 
 def enable_checkpointing_if_needed(
@@ -31,7 +32,7 @@ def enable_checkpointing_if_needed(
 
 def kept_bytes(run: Callable[[], Any], weights: Sequence[Tensor]) -> int:
     """Bytes that autograd keeps for the backward pass of ``run``, beside the ``weights``, which are loaded anyway."""
-    known = {0, *map(_address, weights)}
+    known = {NO_ADDRESS, *map(_address, weights)}
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -46,5 +47,5 @@ def kept_bytes(run: Callable[[], Any], weights: Sequence[Tensor]) -> int:
 
 
 def _address(tensor: Tensor) -> int:
-    """Address of the storage; 0 for tensors without one of their own, such as quantised ones."""
-    return tensor.untyped_storage().data_ptr() if type(tensor) in (Tensor, torch.nn.Parameter) else 0
+    """Address of the storage; ``NO_ADDRESS`` for tensors without one of their own, such as quantised ones."""
+    return tensor.untyped_storage().data_ptr() if type(tensor) in (Tensor, torch.nn.Parameter) else NO_ADDRESS

@@ -35,7 +35,7 @@ def denoising_loss(
 
 
 def batch_loss(model: TrainableModel, embeddings: Sequence[Embedding], batch: Batch) -> Tensor:
-    """The loss of one batch, a scalar that the vectors of ``embeddings`` can be differentiated by."""
+    """The loss of one batch, a scalar, differentiable by the vectors of ``embeddings``."""
     latents = batch.latents.to(model.device)
     masks = None if batch.masks is None else batch.masks.to(model.device)
     sigmas = model.sample_sigmas(batch.quantiles)

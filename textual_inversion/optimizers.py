@@ -1,4 +1,8 @@
-"""How the vectors move. ``OPTIMIZERS`` lists the choices; to add one, add a row and its name in config.py."""
+"""The optimizers that update the vectors. ``OPTIMIZERS`` lists them; to add one, add a row and its name in config.py.
+
+The training loop sets ``lr`` in every parameter group before each step. A parameter may have no gradient. The
+``state_dict`` must load with ``weights_only=True``, so that an unfinished run can be resumed.
+"""
 
 import math
 from collections.abc import Callable
@@ -17,11 +21,11 @@ class OptimizerSpec:
     """One choice of the setting ``optimizer``."""
 
     make: Callable[[TrainedTokens, TrainConfig, float], torch.optim.Optimizer]
-    """The optimizer of everything a run trains, at this learning rate."""
+    """Makes the optimizer of all trained vectors, with this learning rate."""
     learning_rate: float
     """Used where the setting ``learning_rate`` is 0."""
     keeps_length: bool
-    """Whether vectors stay as long as they were at the start; averaged vectors then do too."""
+    """Whether the vectors keep the length they start with. If so, the averaged vectors are rescaled to it."""
     ignores: tuple[str, ...] = ()
     """Settings without effect."""
 
@@ -79,8 +83,8 @@ class Sphere(torch.optim.Optimizer):
         anchor_strength: pulls each vector back to where it started, with this share of the length of
             the averaged gradient; so masks, batch size and the scale of the loss do not change its effect.
         shared_update_weight: adds this many times the mean update of the group to each of its
-            matrices, also to one without a gradient: what all have in common is learned faster than
-            what sets each apart.
+            matrices, also to one without a gradient, so what they have in common is learned faster than
+            their differences.
     """
 
     def __init__(
@@ -100,8 +104,8 @@ class Sphere(torch.optim.Optimizer):
         if closure is not None:
             raise NotImplementedError("Sphere takes no closure")
         for group in self.param_groups:
-            moved = [vectors for vectors in group["params"] if vectors.grad is not None]
-            updates = {vectors: self._update(vectors, vectors.grad, group) for vectors in moved}
+            with_gradient = [vectors for vectors in group["params"] if vectors.grad is not None]
+            updates = {vectors: self._update(vectors, vectors.grad, group) for vectors in with_gradient}
             if group["shared_update_weight"] and updates:
                 shared = group["shared_update_weight"] * sum(updates.values()) / len(updates)
                 updates = {vectors: updates.get(vectors, 0) + shared for vectors in group["params"]}
@@ -111,7 +115,7 @@ class Sphere(torch.optim.Optimizer):
                 vectors.copy_(length * rotated / rotated.norm(dim=1, keepdim=True))
 
     def _update(self, vectors: Tensor, gradient: Tensor, group: dict) -> Tensor:
-        """Where the vectors are to go: a tangent, of length 1 where the gradients agree."""
+        """The direction of the update, tangent to the sphere; its length is 1 if the gradients agree."""
         state, momentum = self.state[vectors], group["momentum"]
         _, direction = _polar(vectors)
         if not state:
@@ -122,10 +126,10 @@ class Sphere(torch.optim.Optimizer):
         # The mean square length is Adam's second moment, one number for the matrix.
         state["square"] += (1 - momentum) * (gradient.square().sum(1).mean().item() - state["square"])
         unbiased = 1 - momentum ** state["step"]
-        size = math.sqrt(state["square"] / unbiased)
-        if size == 0:
+        root_mean_square = math.sqrt(state["square"] / unbiased)
+        if root_mean_square == 0:
             return torch.zeros_like(vectors)
-        update = -_tangent(state["mean"], direction) / unbiased / size
+        update = -_tangent(state["mean"], direction) / unbiased / root_mean_square
         if group["anchor_strength"]:
             update += group["anchor_strength"] * _tangent(state["start"], direction)
         return update

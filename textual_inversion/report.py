@@ -17,7 +17,7 @@ from .training import Step
 
 # Prompts that training does not use, to see what the embedding does to the words beside it.
 UNSEEN = ("{} on the beach", "{} in the snow at night", "a red {} wearing a hat", "a drawing of {} and a dog")
-LOUD = 3.0  # from this many times the length of a word's vector an embedding drowns other words
+LENGTH_WARNING = 3.0  # times the length of a word's vector: longer vectors drown other words
 
 
 def learned_embedding(step: Step, config: TrainConfig, base_model: str) -> Embedding:
@@ -67,7 +67,7 @@ def report(
         (nearest,) = vocabulary.nearest(vectors.mean(0, keepdim=True), 5)
         near = ", ".join(f"{word} {cosine:.2f}" for word, cosine in nearest)
         lines.append(f"{key}: vector length {length:.2f}, words usually have {usual:.2f}; nearest words: {near}.")
-        if length > LOUD * usual and not OPTIMIZERS[config.optimizer].keeps_length:
+        if length > LENGTH_WARNING * usual and not OPTIMIZERS[config.optimizer].keeps_length:
             lines.append("Vectors this long drown the other words of a prompt: use optimizer sphere.")
     return "\n".join(lines)
 
@@ -79,6 +79,6 @@ def drift(model: TrainableModel, start: Embedding, learned: Embedding) -> float:
     Both have the same number of vectors, so every other token has the same place in the prompt.
     """
     prompts = [place_trigger(text, learned.trigger) for text in UNSEEN]
-    outputs = (model.text_outputs(prompts, embedding) for embedding in (start, learned))
-    cosines = [F.cosine_similarity(*pair, dim=-1).mean() for pair in zip(*outputs, strict=True)]
+    before, after = (model.text_outputs(prompts, embedding) for embedding in (start, learned))
+    cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(before, after, strict=True)]
     return 1 - torch.stack(cosines).mean().item()

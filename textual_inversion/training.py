@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -19,7 +20,7 @@ from .objective import batch_loss, mean_loss
 from .optimizers import OPTIMIZERS, learning_rate, make_optimizer
 from .state import Progress, TrainState
 
-# A fixed loss that is lower by less than this share is no improvement: held-out pictures do not show it.
+# Improvements of the fixed loss by less than this share are ignored: held-out pictures do not show them.
 IMPROVEMENT = 0.01
 
 
@@ -71,7 +72,7 @@ def train(
 
     ``saved`` is the ``TrainState.to_dict`` of an earlier run with the same pictures and settings:
     training resumes there, on a CPU bit for bit. The state of another model is ignored; the number
-    of the first step tells.
+    of the first step is then 0.
 
     Raises:
         UserError: a prompt of the dataset has no room for the vectors, or the optimizer ignores a changed setting.
@@ -107,7 +108,9 @@ def train(
         # No interruption point before the progress is set: a saved state must be consistent.
         optimizer.step()
         optimizer.zero_grad()
-        update_ema(state.ema, tokens, min(config.averaging, 1 - 1 / number), OPTIMIZERS[config.optimizer].keeps_length)
+        # At first a plain mean, so that the start does not outweigh the steps.
+        decay = min(config.averaging, 1 - 1 / number)
+        update_ema(state.ema, tokens, decay, OPTIMIZERS[config.optimizer].keeps_length)
         state.progress = replace(state.progress, step=number, loss=loss)
         fixed_loss = _evaluate_if_due(model, state, fixed, config)
         yield Step(state.progress, rate, fixed_loss, state)
@@ -135,12 +138,12 @@ def _evaluate_if_due(
     if not due or progress.evaluated_step == progress.step:
         return None
     loss = mean_loss(model, state.ema.embeddings, fixed)
-    found: dict[str, Any] = {"evaluated_step": progress.step}
+    changes: dict[str, Any] = {"evaluated_step": progress.step}
     if loss < progress.best_loss:
-        found |= {"best": state.ema.concept.snapshot(), "best_step": progress.step, "best_loss": loss}
+        changes |= {"best": state.ema.concept.snapshot(), "best_step": progress.step, "best_loss": loss}
     if loss < progress.last_improved_loss * (1 - IMPROVEMENT):
-        found |= {"last_improved_loss": loss, "last_improved_step": progress.step}
-    state.progress = replace(progress, **found)
+        changes |= {"last_improved_loss": loss, "last_improved_step": progress.step}
+    state.progress = replace(progress, **changes)
     return loss
 
 
@@ -176,19 +179,24 @@ def learning_rate_factor(done: int, config: TrainConfig) -> float:
 
 def _compute_gradients(model: TrainableModel, tokens: TrainedTokens, batches: Sequence[Batch], number: int) -> float:
     """The mean loss of ``batches``; its gradient is in the vectors. On out-of-memory, retry once with checkpointing."""
-    for _ in range(2):
-        for vectors in tokens.parameters():
-            vectors.grad = None
-        try:
-            return sum(_backward(model, tokens, batch, len(batches)) for batch in batches)
-        except torch.OutOfMemoryError:
-            if not model.enable_gradient_checkpointing():
-                break
+    try:
+        return _accumulate(model, tokens, batches)
+    except torch.OutOfMemoryError:
+        can_retry = model.enable_gradient_checkpointing()
+    if can_retry:
+        with suppress(torch.OutOfMemoryError):
+            return _accumulate(model, tokens, batches)
     message = (
         f"Out of memory at step {number} even with gradient checkpointing. Reduce size, or reduce batch_size "
         "and raise accumulation (Textual Inversion Settings)."
     )
     raise TrainingStopped(message) if number > 1 else TrainingError(message)
+
+
+def _accumulate(model: TrainableModel, tokens: TrainedTokens, batches: Sequence[Batch]) -> float:
+    for vectors in tokens.parameters():
+        vectors.grad = None
+    return sum(_backward(model, tokens, batch, len(batches)) for batch in batches)
 
 
 def _backward(model: TrainableModel, tokens: TrainedTokens, batch: Batch, parts: int) -> float:
@@ -234,9 +242,9 @@ def _check_gradients(model: TrainableModel, tokens: TrainedTokens, batch: Batch,
 
 @torch.no_grad()
 def _loss_depends_on(keys: Sequence[str], model: TrainableModel, tokens: TrainedTokens, batch: Batch) -> bool:
-    """Whether the loss changes with the concept's vectors of these text encoders."""
+    """Whether the loss changes if the concept's vectors of these text encoders are negated."""
     concept = tokens.concept
     negated = {key: -vectors if key in keys else vectors for key, vectors in concept.vectors.items()}
     other = replace(tokens, concept=replace(concept, vectors=negated))
-    losses = [batch_loss(model, some.embeddings, batch).item() for some in (tokens, other)]
-    return not math.isclose(*losses, rel_tol=1e-6)
+    loss, loss_with_negated = (batch_loss(model, some.embeddings, batch).item() for some in (tokens, other))
+    return not math.isclose(loss, loss_with_negated, rel_tol=1e-6)

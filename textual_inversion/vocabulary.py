@@ -57,7 +57,10 @@ class Vocabulary:
         return self._rows(list(self.words())).norm(dim=1)
 
     def first_order_gain(self, gradient: Tensor) -> dict[str, float]:
-        """How far a loss with ``gradient`` (width,) falls towards each word: to first order, up to a constant."""
+        """First-order estimate of how far a loss falls from here to each word, up to a constant.
+
+        ``gradient`` (width,) is that of the loss.
+        """
         words = self.words()
         table = self._rows(list(words))
         return dict(zip(words.values(), (-table @ gradient.to(table)).tolist(), strict=True))
@@ -71,7 +74,7 @@ def word_of(token: str) -> str:
     word = ""
     if token.endswith("</w>"):
         word = token.removesuffix("</w>")
-    elif token[:1] in "\u2581\u0120":
+    elif token.startswith(("\u2581", "\u0120")):
         word = token[1:]
     return word if len(word) >= 3 and word.isascii() and word.isalpha() else ""
 
