@@ -40,10 +40,9 @@ def encode(clip: CLIP, prompts: Sequence[str]) -> list[dict[str, Any]]:
 
 def _with_own_encoders(clip: CLIP) -> CLIP:
     """A shallow copy down to the text encoders."""
-    clip = copy.copy(clip)
-    clip.cond_stage_model = copy.copy(clip.cond_stage_model)
-    parts = clip.cond_stage_model._modules
-    clip.cond_stage_model._modules = {name: copy.copy(part) for name, part in parts.items()}
+    clip, encoder = copy.copy(clip), copy.copy(clip.cond_stage_model)
+    encoder._modules = {name: copy.copy(part) for name, part in encoder._modules.items()}
+    clip.cond_stage_model = encoder
     return clip
 
 
