@@ -24,6 +24,10 @@ import_comfyui(Path(_base.name))
 import_module("comfyui_pack")  # lets ComfyUI recognise the small checkpoints
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-docs", action="store_true", help="write docs/models.md as the tests of families find it")
+
+
 def pytest_unconfigure() -> None:
     """Remove ComfyUI's temporary folders."""
     _base.cleanup()

@@ -22,7 +22,7 @@ from textual_inversion.adapters.comfyui_autograd import ordinary_weights
 from textual_inversion.adapters.comfyui_tokens import vocabularies
 
 FLUX = NAMED["Flux.1 dev"]
-WIDE = NAMED["Flux.1 dev"].unet | {"hidden_size": 256, "num_heads": 2}  # some formats take blocks of 256
+WIDE = FLUX.unet | {"hidden_size": 256, "num_heads": 2}  # some formats take blocks of 256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
