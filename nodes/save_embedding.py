@@ -41,11 +41,11 @@ class SaveEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, embedding, name, overwrite, format: formats.FormatName = "comfyui", picture=None) -> io.NodeOutput:
+        folder, chosen = embeddings_folder(), formats.FORMATS[format]
         name = formats.file_name(name.strip() or embedding.trigger)
-        folder, (suffix, _, stock_reads_it) = embeddings_folder(), formats.FORMATS[format]
-        path = folder / f"{name}{suffix}" if overwrite else formats.free_path(folder, name, suffix)
+        path = folder / f"{name}{chosen.suffix}" if overwrite else formats.free_path(folder, name, chosen.suffix)
         written = formats.write(embedding, path, format, None if picture is None else to_pillow(picture[-1]))
-        if len(written) > 1 or not stock_reads_it:  # Load Embedding reads them
+        if len(written) > 1 or not chosen.stock_reads_it:  # Load Embedding reads them
             return io.NodeOutput("", ui=ui.PreviewText(" and ".join(file.name for file in written)))
         prompt = f"embedding:{path.stem}"
         return io.NodeOutput(prompt, ui=ui.PreviewText(prompt))
