@@ -86,7 +86,7 @@ def measure(graph, size: int, batch: int, repeats: int, checkpointing: bool) -> 
     from textual_inversion.dataset import make_dataset
 
     config = TrainConfig(initializer="toy", batch_size=batch, steps=1000, evaluate_every=1000, patience=0)
-    model = ComfyModel(*graph, checkpointing)
+    model = ComfyModel(*graph, gradient_checkpointing=checkpointing)
     dataset = make_dataset(model.encode_images, [torch.rand(1, size, size, 3)], [], [], config)
     taken = []
 

@@ -63,7 +63,7 @@ class Case:
 
     def config(self) -> Any:
         """The defaults without per-image tokens, evaluations and early stopping."""
-        settings = {"per_image_tokens": 0, "steps": 100_000, "evaluate_every": 10_000, "patience": 0}
+        settings: dict[str, Any] = {"per_image_tokens": 0, "steps": 100_000, "evaluate_every": 10_000, "patience": 0}
         settings |= {"batch_size": self.batch, "gradient_checkpointing": self.checkpointing}
         return TrainConfig(initializer="toy", **settings)
 
@@ -137,7 +137,7 @@ class ThroughComfyUI:
     def ways(self, case: Case) -> Iterator[Ways]:
         from textual_inversion.adapters.comfyui import ComfyModel
 
-        with ComfyModel(*self.parts, case.checkpointing).training() as model:
+        with ComfyModel(*self.parts, gradient_checkpointing=case.checkpointing).training() as model:
             yield {
                 UNET: lambda: self.unet_step(model, case),
                 TEXT: lambda: self.text_step(model, case),

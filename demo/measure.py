@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dev.in_process import ROOT, import_comfyui
+from textual_inversion.config import Kind
 
 CONCEPTS = ROOT / "demo/concepts"
 CHECKPOINT = ROOT / "demo/models/toy.safetensors"
@@ -30,7 +31,7 @@ class Concept:
     """A folder with train/ and heldout/: something the model has never seen."""
 
     folder: Path
-    kind: str
+    kind: Kind
     initializer: str
     description: str
     """What a caption would say instead of the word."""
@@ -57,8 +58,11 @@ class Bench:
         from . import comfyui_pack  # noqa: F401  lets ComfyUI recognise the checkpoint
 
         with torch.inference_mode():
-            parts = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_vae=True, output_clip=True)[:3]
-        self.model, self._load_folder = ComfyModel(*parts), load_folder
+            model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(checkpoint))
+        assert model is not None
+        assert clip is not None
+        assert vae is not None
+        self.model, self._load_folder = ComfyModel(model, clip, vae), load_folder
 
     def dataset(self, concept: Concept, part: str, config: Any, with_captions: bool = True):
         """``part`` is train or heldout."""

@@ -15,8 +15,9 @@ SCALE = 3  # drawn larger, then made smaller: smooth edges
 def card(path: Path, side: int, angle: float) -> Image.Image:
     """A picture with a white rim, turned by ``angle`` degrees."""
     rim = side // 14
+    inner = side - 2 * rim
     framed = Image.new("RGBA", (side, side), LIGHT)
-    framed.paste(Image.open(path).convert("RGB").resize((side - 2 * rim,) * 2, Image.Resampling.LANCZOS), (rim, rim))
+    framed.paste(Image.open(path).convert("RGB").resize((inner, inner), Image.Resampling.LANCZOS), (rim, rim))
     return framed.rotate(angle, Image.Resampling.BICUBIC, expand=True)
 
 

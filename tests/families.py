@@ -360,6 +360,7 @@ def _model(family: Family, dtype: torch.dtype, seed: int):
         return comfy.model_patcher.CoreModelPatcher(network, load_device=cpu, offload_device=cpu)
     state = {key: value.clone() for key, value in network.diffusion_model.state_dict().items()}
     loaded = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype})
+    assert loaded is not None
     found = type(loaded.model.model_config)
     assert found is family.model, f"the loader takes it for {found.__name__}"
     return loaded
@@ -397,7 +398,7 @@ def moved(model: ComfyModel, count: int = 2) -> Embedding:
 def gradients(family: Family, graph, checkpointing: bool = False) -> tuple[list[torch.Tensor], Embedding, Batch]:
     """Of the loss of a fixed batch by the vectors of a word, with the two."""
     config = TrainConfig(per_image_tokens=0, batch_size=2)
-    model = ComfyModel(*graph[:3], checkpointing)
+    model = ComfyModel(*graph[:3], gradient_checkpointing=checkpointing)
     batch = fixed_batches(prepared(family, model, config), config)[0]
     with model.training():
         word = moved(model)

@@ -107,7 +107,7 @@ def fuzz(examiner: Examiner, data: bytes, examples: int, seconds: float) -> None
         deadline=timedelta(seconds=5),
         database=None,
         derandomize=True,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]  an enum by its own metaclass
     )
     @given(damaged(data))
     def examine(content: bytes) -> None:

@@ -3,6 +3,7 @@
 import copy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -28,24 +29,26 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
+    T5Tokenizer,
 )
 
 from dev.get_comfyui import comfyui_path
 
 WIDTH, WIDTH_G, WIDTH_T5 = 32, 48, 96
-DDPM = {
+DDPM: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "steps_offset": 1,
     "clip_sample": False,
 }
-UNET = {
+UNET: dict[str, Any] = {
     "block_out_channels": (32, 64),
     "layers_per_block": 1,
     "sample_size": 8,
 }
+UNET_XL: dict[str, Any] = UNET | {"transformer_layers_per_block": (1, 2)}
+NO_CHECKS: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 @cache
@@ -56,8 +59,8 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
 
 
 @cache
-def t5_tokenizer() -> T5TokenizerFast:
-    return T5TokenizerFast.from_pretrained(comfyui_path() / "comfy/text_encoders/t5_tokenizer")
+def t5_tokenizer() -> T5Tokenizer:
+    return T5Tokenizer.from_pretrained(comfyui_path() / "comfy/text_encoders/t5_tokenizer")
 
 
 def clip(kind: type, width: int, activation: str, eos_token_id: int):
@@ -80,20 +83,15 @@ def t5() -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def autoencoder(channels: int = 4, **config) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=4,
-        latent_channels=channels,
-        **config,
-    )
+def autoencoder(channels: int = 4, **config: Any) -> AutoencoderKL:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    config |= {**blocks, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "latent_channels": channels}
+    return AutoencoderKL(**config)
 
 
 def small_pipeline(
     family: str, prediction: str = "epsilon", eos_token_id: int = 49407, checkpoint: Path | None = None
-) -> DiffusionPipeline:
+) -> Any:
     """``family`` is SD1, SDXL, SD3 or Flux; ``checkpoint`` is one of ``small_models.write_checkpoint``.
 
     A copy every time, but for the tokenizers, which are slow to copy.
@@ -103,10 +101,17 @@ def small_pipeline(
     return copy.deepcopy(built, shared)
 
 
+def noise_schedule(prediction: str) -> Any:
+    """A DDPMScheduler; diffusers' pipelines name an enum as the type of theirs."""
+    options: dict[str, Any] = DDPM | {"prediction_type": prediction}
+    return DDPMScheduler(**options)
+
+
 @cache
 def _built(family: str, prediction: str, eos_token_id: int, checkpoint: Path | None) -> DiffusionPipeline:
     text_encoder = clip(CLIPTextModel, WIDTH, "quick_gelu", eos_token_id)
     text_encoder_g = clip(CLIPTextModelWithProjection, WIDTH_G, "gelu", eos_token_id)
+    scheduler = noise_schedule(prediction)
     if family == "SD1":
         pipeline = StableDiffusionPipeline(
             vae=autoencoder(),
@@ -119,10 +124,8 @@ def _built(family: str, prediction: str, eos_token_id: int, checkpoint: Path | N
                 attention_head_dim=4,
                 **UNET,
             ),
-            scheduler=DDPMScheduler(**DDPM, prediction_type=prediction),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            scheduler=scheduler,
+            **NO_CHECKS,
         )
     elif family == "SDXL":
         pipeline = StableDiffusionXLPipeline(
@@ -134,16 +137,15 @@ def _built(family: str, prediction: str, eos_token_id: int, checkpoint: Path | N
             unet=UNet2DConditionModel(
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                transformer_layers_per_block=(1, 2),
                 attention_head_dim=1,  # heads in truth: of 64 channels each, as in every SDXL
                 cross_attention_dim=WIDTH + WIDTH_G,
                 use_linear_projection=True,
                 addition_embed_type="text_time",
                 addition_time_embed_dim=256,
                 projection_class_embeddings_input_dim=WIDTH_G + 6 * 256,
-                **UNET,
+                **UNET_XL,
             ),
-            scheduler=DDPMScheduler(**DDPM, prediction_type=prediction),
+            scheduler=scheduler,
         )
     elif family == "SD3":
         pipeline = StableDiffusion3Pipeline(

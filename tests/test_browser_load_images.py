@@ -9,7 +9,7 @@ from mimetypes import guess_type
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Page, expect
 
 from dev.comfyui_server import ComfyServer
 
@@ -28,7 +28,12 @@ def tab(request, server: ComfyServer, chromium: Browser) -> Iterator[Page]:
     page = chromium.new_page(viewport={"width": 1300, "height": 900})
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(error.stack or error.message))
-    page.on("console", lambda message: message.type == "error" and errors.append(f"{message.location} {message.text}"))
+
+    def listen(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            errors.append(f"{message.location} {message.text}")
+
+    page.on("console", listen)
     page.goto(server.url)
     page.wait_for_function("window.app?.extensionManager && document.querySelector('#graph-canvas')")
     page.wait_for_function("app.extensions.some(({ name }) => name === 'textualinversion.LoadImages')")
@@ -98,23 +103,23 @@ def picture(colour: str, hole: bool = False, size: tuple[int, int] = (48, 32), *
     return file.getvalue()
 
 
-def files(**contents: bytes) -> list[dict]:
+def files(**contents: bytes) -> list[FilePayload]:
     """Files for the browser; `cat_png` becomes cat.png."""
     named = [(name.replace("_", "."), content) for name, content in contents.items()]
-    return [{"name": name, "mimeType": guess_type(name)[0], "buffer": content} for name, content in named]
+    return [FilePayload(name=name, mimeType=guess_type(name)[0] or "", buffer=content) for name, content in named]
 
 
 THREE = files(b_jpg=picture("red"), a_png=picture("green", hole=True), c_jpg=picture("blue"), c_txt=b"a blue thing\n")
 
 
-def pick(page: Page, chosen: list[dict]) -> None:
+def pick(page: Page, chosen: list[FilePayload]) -> None:
     """Through the file dialog behind the button."""
     with page.expect_file_chooser() as dialog:
         page.get_by_role("button", name="Add pictures").click()
     dialog.value.set_files(chosen)
 
 
-def drop(page: Page, dropped: list[dict], x: float, y: float) -> None:
+def drop(page: Page, dropped: list[FilePayload], x: float, y: float) -> None:
     """Moves files over a point of the page and lets them go there."""
     content = [[file["name"], file["mimeType"], base64.b64encode(file["buffer"]).decode()] for file in dropped]
     page.evaluate(

@@ -61,8 +61,9 @@ def test_ctrl_c_keeps_the_best_so_far(model, tmp_path):
     command = [*COMMAND, "train", "--model", model, "--images", PICTURES, "--steps", "100000", "--evaluate-every", "1"]
     # Programs started in the background of a script inherit an ignored SIGINT; this one is in the foreground.
     foreground = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=tmp_path, preexec_fn=foreground, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, preexec_fn=foreground, stdout=pipe, stderr=pipe) as process:
+        assert process.stderr is not None
         try:
             seen = b""
             while b"at step 3" not in seen:  # the progress bar

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from itertools import chain
+from typing import Any
 
 import comfy.text_encoders.qwen3vl
 import comfy.text_encoders.qwen35
@@ -33,6 +34,11 @@ def word(graph):
         return Embedding(trigger, {key: torch.randn(count, width, generator=generator) for key, width in keys.items()})
 
     return make
+
+
+def encoded(clip, prompt, with_pooled=False) -> Any:
+    """What ComfyUI makes of a prompt: the conditioning, and the pooled output beside it if asked for."""
+    return clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=with_pooled)
 
 
 def tokens(clip, prompt):
@@ -97,10 +103,10 @@ def test_words_can_be_chained(graph, word):
 
 
 def test_graphs_own_clip_keeps_working(graph, word):
-    before = graph.clip.encode_from_tokens(graph.clip.tokenize("a photo of S*"))
+    before = encoded(graph.clip, "a photo of S*")
     clip = with_embeddings(graph.clip, word("S*"))
-    assert not torch.equal(clip.encode_from_tokens(clip.tokenize("a photo of S*")), before)
-    assert torch.equal(graph.clip.encode_from_tokens(graph.clip.tokenize("a photo of S*")), before)
+    assert not torch.equal(encoded(clip, "a photo of S*"), before)
+    assert torch.equal(encoded(graph.clip, "a photo of S*"), before)
 
 
 @pytest.mark.parametrize("format", ["comfyui", "a1111", "diffusers", "concepts-library"])
@@ -116,12 +122,9 @@ def test_file_and_node_give_the_same_conditioning(graph, word, embeddings_folder
     ours = with_embeddings(graph.clip, embedding)
     # Stock ComfyUI needs a blank before "embedding:" inside brackets, and one after the name.
     stock = prompt.replace("{}", " embedding:same ")
-    for one, other in zip(
-        ours.encode_from_tokens(ours.tokenize(prompt.replace("{}", "S*")), return_pooled=True),
-        graph.clip.encode_from_tokens(graph.clip.tokenize(stock), return_pooled=True),
-        strict=True,
-    ):
-        assert torch.equal(one, other)
+    one, other = encoded(ours, prompt.replace("{}", "S*"), True), encoded(graph.clip, stock, True)
+    assert len(one) == len(other) == 2
+    assert all(map(torch.equal, one, other))
 
 
 def test_stock_word_and_ours_in_one_prompt(graph, word, embeddings_folder):
@@ -162,9 +165,9 @@ def test_prompts_encoded_together_are_what_each_is_alone(graph, word):
         # two of 77 tokens with one of several times that, cut into sections of 77; one with weights
         assert len(passes) == 2 * len(encoders)
         for prompt, found in zip(prompts, together, strict=True):
-            alone = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True, return_dict=True)
-            torch.testing.assert_close(found["cross_attn"], alone["cond"], rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(found["pooled_output"], alone["pooled_output"], rtol=1e-5, atol=1e-5)
+            alone, pooled = encoded(clip, prompt, True)
+            torch.testing.assert_close(found["cross_attn"], alone, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found["pooled_output"], pooled, rtol=1e-5, atol=1e-5)
     for handle in handles:
         handle.remove()
     assert not any("encode" in vars(encoder.model) for encoder in text_encoders(clip))
@@ -220,7 +223,9 @@ def test_tokens_under_inference_mode(graph, word):
     with torch.inference_mode():
         clip = with_embeddings(graph.clip, word("S*").scaled(0.5))
         copied = copy.deepcopy(clip.tokenize("a photo of S*"))
-        assert torch.equal(clip.encode_from_tokens(copied), clip.encode_from_tokens(clip.tokenize("a photo of S*")))
+        found = clip.encode_from_tokens(copied)
+        assert torch.is_tensor(found)
+        assert torch.equal(found, encoded(clip, "a photo of S*"))
 
 
 def test_tokenizer_that_compares_tokens_with_numbers_and_has_a_template():
@@ -247,7 +252,7 @@ def test_stock_embedding_in_a_tokenizer_that_compares_tokens(tmp_path):
         clip.tokenize("a embedding:same")
     ours = with_embeddings(clip, Embedding("S*", rows))
     with torch.no_grad():
-        one, other = (ours.encode_from_tokens(ours.tokenize(prompt)) for prompt in ("a S*", "a embedding:same"))
+        one, other = (encoded(ours, prompt) for prompt in ("a S*", "a embedding:same"))
     assert torch.equal(one, other)
 
 
@@ -264,7 +269,7 @@ def test_encoding_leaves_the_graphs_encoders_alone(graph, word):
         (found,) = encode(clip, ["a photo of S*"])
     assert [dict(vars(module)) for module in modules] == before
     assert [dict(module._modules) for module in modules] == children
-    assert torch.equal(found["cross_attn"], clip.encode_from_tokens(clip.tokenize("a photo of S*")))
+    assert torch.equal(found["cross_attn"], encoded(clip, "a photo of S*"))
 
 
 def test_what_was_encoded_is_freed_at_once(graph, word, monkeypatch):

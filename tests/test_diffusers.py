@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -410,9 +411,9 @@ def test_pictures_become_latents_of_the_model(dtype, pictures):
     assert latent.dtype == torch.float32
     torch.testing.assert_close(latent, (mean - 0.0609) * 1.5305)
 
-    pipeline.vae = AutoencoderTiny(latent_channels=16, scaling_factor=0.5)
+    pipeline.vae = vae = AutoencoderTiny(latent_channels=16, scaling_factor=0.5)
     (latent,) = DiffusersModel(pipeline).encode_images([image])
-    torch.testing.assert_close(latent, pipeline.vae.encode(image.movedim(-1, 1) * 2 - 1).latents[0] * 0.5)
+    torch.testing.assert_close(latent, vae.encode(image.movedim(-1, 1) * 2 - 1)[0][0] * 0.5)
 
 
 @pytest.fixture
@@ -436,11 +437,9 @@ def test_loads_folders_and_single_files_without_network(tmp_path, offline):
     randomise(original)
     vae = {f"first_stage_model.{name}": value for name, value in original.state_dict().items()}
     pipeline = small_pipeline("SD1", "v_prediction")
-    pipeline.vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(32, 32),
-    )
+    blocks: dict[str, Any] = {"block_out_channels": (32, 32)}
+    blocks |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    pipeline.vae = AutoencoderKL(**blocks)
     pipeline.vae.load_state_dict(convert_ldm_vae_checkpoint(vae, dict(pipeline.vae.config)))
     folder, configs, file = tmp_path / "pipeline", tmp_path / "configs", tmp_path / "model.safetensors"
     pipeline.save_pretrained(folder)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
-from ti_pack.nodes.sockets import MAIN_FIELDS
+from ti_pack.nodes.sockets import MAIN_FIELDS  # pyright: ignore[reportMissingImports]  made by conftest.py
 
 from demo.measure import CONCEPTS
 from dev.comfyui_server import DEMO_PACK_NAME, ComfyServer

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -203,7 +203,7 @@ def test_round_trip(format, encoders, count, tmp_path):
         assert not list(tmp_path.iterdir())
         return
     written = formats.write(word, path, format)
-    again = formats.read_pair(*written) if len(written) == 2 else formats.read(*written)
+    again = formats.read_pair(written[0], written[1]) if len(written) == 2 else formats.read(written[0])
     assert len(written) == (2 if format == "diffusers" and encoders == SDXL else 1)
     assert again.trigger == ("word" if format == "diffusers" and "t5xxl" in encoders else "<word>")
     for key, tensor in again.for_encoders(encoders).vectors.items():
@@ -230,7 +230,7 @@ def test_a1111_reads(format, encoders, tmp_path):
     word = Embedding("word", vectors(encoders), {"steps": "7"})
     (path,) = formats.write(word, tmp_path / f"word{formats.FORMATS[format].suffix}", format)
     if path.suffix == ".png":
-        with Image.open(path) as image:
+        with PngImageFile(path) as image:
             data = json.loads(base64.b64decode(image.text["sd-ti-embedding"]))
         data = json.loads(
             json.dumps(data),

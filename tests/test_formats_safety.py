@@ -10,14 +10,17 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import folder_paths
 import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from ti_pack.nodes.files import embedding_file
+from ti_pack.nodes.files import embedding_file  # pyright: ignore[reportMissingImports]  made by conftest.py
+from torch._utils import _rebuild_parameter
 
 from textual_inversion import UserError, formats
 from textual_inversion.containers import PNG_TEXT
@@ -33,7 +36,12 @@ class Reduces:
         return self.call
 
 
-def as_torch_zip(path: Path, pickled: bytes, compression: int = zipfile.ZIP_STORED, **records: bytes) -> None:
+def as_torch_zip(
+    path: Path,
+    pickled: bytes,
+    compression: int = zipfile.ZIP_STORED,
+    records: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", "3\n")
@@ -46,7 +54,7 @@ ATTACKS = {
     "os.system": Reduces(os.system, f"touch {MARK}"),
     "eval": Reduces(eval, f"open({MARK!r}, 'w')"),
     "nested": {"string_to_param": {"*": [Reduces(getattr, Reduces(__import__, "os"), "system")]}},
-    "in a tensor": {"*": Reduces(torch._utils._rebuild_parameter, Reduces(os.system, f"touch {MARK}"), False, {})},
+    "in a tensor": {"*": Reduces(_rebuild_parameter, Reduces(os.system, f"touch {MARK}"), False, {})},
     "subprocess": Reduces(subprocess.Popen, ["touch", MARK]),
     "open": Reduces(open, MARK, "w"),
 }
@@ -90,7 +98,7 @@ def test_storage_that_claims_more_than_there_is(tmp_path):
     for old, new in ((b"K\x10", b"J\0\0\x10\0"), (b"K\x04K\x04\x86", b"J\0\4\0\0J\0\4\0\0\x86")):
         assert old in pickled
         pickled = pickled.replace(old, new)
-    as_torch_zip(tmp_path / "word.pt", pickled, **{"0": torch.ones(4, 4).numpy().tobytes()})
+    as_torch_zip(tmp_path / "word.pt", pickled, records={"0": torch.ones(4, 4).numpy().tobytes()})
     with pytest.raises(UserError):
         formats.read(tmp_path / "word.pt")
 

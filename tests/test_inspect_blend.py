@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from ti_pack.nodes.embedding_chart import BAR, HEADING, MARGIN, MOST_ROWS, ROW, TITLE, UNUSUAL, USUAL, WIDTH, chart
+from ti_pack.nodes.embedding_chart import BAR, HEADING, MARGIN, MOST_ROWS, ROW, TITLE, UNUSUAL, USUAL, WIDTH, chart  # pyright: ignore[reportMissingImports]  made by conftest.py
 
 from textual_inversion import Embedding, UserError
 from textual_inversion.adapters.comfyui_tokens import embedding_keys, vocabularies
@@ -162,6 +162,8 @@ def test_a_words_own_vector_is_nearest_to_the_word(graph):
     for part in found:
         table = known[part.key].vectors.float().numpy()
         words = {word: table[number] for number, word in known[part.key].words().items()}
+        assert part.nearest is not None
+        assert part.usual is not None
         assert [near[0][0] for near in part.nearest[:2]] == ["toy", "cat"]
         assert part.nearest[2] == []
         for word, cosine in part.nearest[0]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ti_pack.nodes.load_images import LoadImages
+from ti_pack.nodes.load_images import LoadImages  # pyright: ignore[reportMissingImports]  made by conftest.py
 
 from textual_inversion import UserError
 from textual_inversion.pictures import load_folder, picture_files, picture_info

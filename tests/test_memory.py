@@ -88,7 +88,7 @@ def test_out_of_memory_for_good_says_what_to_do(graph, calls, step, error):
 
 
 def kept(family, graph, rows: int, checkpointing: bool = False) -> int:
-    model = ComfyModel(*graph, checkpointing)
+    model = ComfyModel(*graph, gradient_checkpointing=checkpointing)
     batch = fixed_batches(prepared(family, model, CONFIG), CONFIG)[0]
     batch = batch.rows([0] * rows)
     with model.training():

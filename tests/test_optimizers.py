@@ -57,7 +57,8 @@ def test_sphere_step_is_riemannian_descent():
 
 
 def test_sphere_anchors_vectors_to_the_start():
-    loose, anchored = (F.cosine_similarity(*turned(100, lr=0.1, anchor_strength=s)[::-1]) for s in (0.0, 0.5))
+    runs = [turned(100, lr=0.1, anchor_strength=strength) for strength in (0.0, 0.5)]
+    loose, anchored = (F.cosine_similarity(first, last) for first, last in runs)
     assert (anchored > loose + 0.1).all()
 
 

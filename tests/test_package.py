@@ -55,12 +55,12 @@ def test_root_imports_nothing_at_once():
 
 def test_one_version_everywhere():
     text = (ROOT / "pyproject.toml").read_text()
-    assert re.search(r'^version = "(.*)"$', text, re.M).group(1) == __version__
+    assert re.findall(r'^version = "(.*)"$', text, re.M) == [__version__]
     assert f"[{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_one_repository_address_everywhere():
-    repository = re.search(r'^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+    (repository,) = re.findall(r'^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nrepository-code: {repository}\n" in citation
     assert f"\nversion: {__version__}\n" in citation

@@ -22,7 +22,7 @@ from textual_inversion.state import load_state, save_state
 
 
 def learn(graph, images, config, captions=(), masks=(), on_step=lambda step: None, saved=None):
-    model = ComfyModel(*graph, config.gradient_checkpointing)
+    model = ComfyModel(*graph, gradient_checkpointing=config.gradient_checkpointing)
     dataset = make_dataset(model.encode_images, images, masks, captions, config)
     with model.training():
         embedding = initial_embedding(
@@ -217,10 +217,12 @@ def test_masks_follow_their_pictures(graph):
     config = TrainConfig(size=64, flip_probability=1.0)
     dataset = make_dataset(model.encode_images, [image], [mask], [], config)
     (height, width) = dataset.latents[0].shape[1:]
+    assert dataset.masks
     assert dataset.masks[0].shape == (1, height, width)
     assert dataset.masks[0][..., : width // 2].mean() > 0.95
     assert dataset.masks[0][..., -(width // 2) :].mean() < 0.05
     flipped = fixed_batches(dataset, config)[0]
+    assert flipped.masks is not None
     assert flipped.masks[0][..., : width // 2].mean() < 0.05
 
 

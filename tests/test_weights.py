@@ -1,7 +1,9 @@
 """Weights as people have them: every precision ComfyUI loads, and models that other nodes have changed."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
@@ -74,7 +76,7 @@ def scaled(state):
     return load(state)
 
 
-KINDS = {
+KINDS: dict[str, Callable[..., Any]] = {
     "float16": lambda state: load({key: value.half() for key, value in state.items()}),
     "bfloat16": lambda state: load({key: value.bfloat16() for key, value in state.items()}),
     "weights float8_e4m3fn": lambda state: load(state, dtype=torch.float8_e4m3fn),
@@ -217,6 +219,8 @@ def test_gradient_after_the_node(node):
 
 class Described(torch.Tensor):
     """Bytes with attributes that say what they mean, as the loaders of GGUF files have them."""
+
+    meaning: str
 
     def detach(self):
         return self

@@ -8,6 +8,7 @@ a stage without any block still has that.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
@@ -16,7 +17,7 @@ from torch import nn
 SHARP_DECODER = (1, 1, 1, 3)  # blocks of the decoder once its last training adds one
 
 
-def conv(inputs: int, outputs: int, **kwargs: object) -> nn.Conv2d:
+def conv(inputs: int, outputs: int, **kwargs: Any) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, **kwargs)
 
 
@@ -30,9 +31,10 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Sequential(conv(width, width), nn.ReLU(), conv(width, width), nn.ReLU(), conv(width, width))
-        nn.init.zeros_(self.conv[4].weight)
-        nn.init.zeros_(self.conv[4].bias)
+        first, second, last = (conv(width, width) for _ in range(3))
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(self.conv(x) + x)

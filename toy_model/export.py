@@ -26,7 +26,8 @@ def unet_tensors(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     comfyui_on_path()
     from comfy.utils import unet_to_diffusers
 
-    layers, attention = unet.config.layers_per_block, [int("CrossAttn" in n) for n in unet.config.down_block_types]
+    layers = unet.config["layers_per_block"]
+    attention = [int("CrossAttn" in name) for name in unet.config["down_block_types"]]
     layout = {
         "num_res_blocks": [layers] * len(attention),
         "channel_mult": [1] * len(attention),  # only their number counts here

@@ -169,7 +169,7 @@ def train(args: argparse.Namespace) -> None:
         inputs = torch.cat([images[sharp], passed[soft]]).float() / 255
         targets = torch.cat([known[sharp], known[soft]])
         scores = judge(softened(inputs))
-        loss = sum(F.cross_entropy(s, targets[:, k]) for k, s in enumerate(scores))
+        loss = torch.stack([F.cross_entropy(s, targets[:, k]) for k, s in enumerate(scores)]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

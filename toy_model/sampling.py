@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dev.get_comfyui import ROOT
 
-from .networks import read_checkpoint, sampling_schedule
+from .networks import read_checkpoint, sampling_schedule, use_channels_last
 from .text import tokenize
 from .world import caption, named_styles, random_picture
 
@@ -24,7 +24,7 @@ class Sampler:
 
     def __init__(self, checkpoint: Path = CHECKPOINT) -> None:
         self.unet, self.text_encoder, self.vae = read_checkpoint(checkpoint)
-        self.unet.to(memory_format=torch.channels_last)
+        use_channels_last(self.unet)
         self.schedule = sampling_schedule()
 
     def text(self, prompts: list[str]) -> Tensor:
@@ -45,11 +45,11 @@ class Sampler:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        return (self.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        return (self.vae.decode(latents)[0] / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
-        return self.vae.encode(pictures * 2 - 1).latents
+        return self.vae.encode(pictures * 2 - 1)[0]
 
 
 def sheet(pictures: Tensor, labels: list[str], path: Path, columns: int = 8) -> None:

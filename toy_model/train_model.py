@@ -20,7 +20,7 @@ from transformers import CLIPTextModel
 
 from .dataset import load_set
 from .export import export, load_vae
-from .networks import new_text_encoder, new_unet, noise_schedule, read_checkpoint
+from .networks import new_text_encoder, new_unet, noise_schedule, read_checkpoint, use_channels_last
 from .text import CONTEXT, END, VOCABULARY, tokenize
 from .train_vae import as_batch
 from .training import Clock, Muon, moving_average, run
@@ -32,8 +32,8 @@ MIN_SNR = 5.0
 
 @torch.no_grad()
 def encode(images: Tensor, vae: AutoencoderTiny) -> Tensor:
-    vae = vae.to(memory_format=torch.channels_last)
-    return torch.cat([vae.encode(as_batch(part) * 2 - 1).latents for part in images.split(128)])
+    use_channels_last(vae)
+    return torch.cat([vae.encode(as_batch(part) * 2 - 1)[0] for part in images.split(128)])
 
 
 class Words:
@@ -135,8 +135,9 @@ def train(args: argparse.Namespace, model: Denoiser, latents: Tensor, words: Wor
             speed = step * args.batch * dist.get_world_size() / clock.seconds
             print(f"{step} {clock.seconds:.0f}s loss {mean:.4f} {speed:.0f}/s", flush=True)
         if clock.seconds - saved > 60 * args.save_every or clock.progress >= 1:
-            kept_model: Denoiser = average.module
-            export(kept_model.unet, words.whole(kept_model.text_encoder), vae, args.work / "latest.safetensors")
+            assert isinstance(average.module, Denoiser)
+            text_encoder = words.whole(average.module.text_encoder)
+            export(average.module.unet, text_encoder, vae, args.work / "latest.safetensors")
             saved = clock.seconds
 
 
@@ -154,7 +155,7 @@ def worker(args: argparse.Namespace) -> None:
         unet, text_encoder, _ = read_checkpoint(args.go_on)
         model.unet.load_state_dict(unet.state_dict())
         model.text_encoder.load_state_dict(words.part(text_encoder.state_dict()))
-    model.unet.to(memory_format=torch.channels_last)
+    use_channels_last(model.unet)
     torch.manual_seed(args.seed + dist.get_rank())
     print(f"{len(latents)} latents, {len(words.used)} words, context {words.longest}", flush=True)
     train(args, model, latents, words, vae)

@@ -94,6 +94,7 @@ def train(vae: NarrowTAESD, images: Tensor, minutes: float, peak: float, batch: 
             psnr = -10 * torch.log10(F.mse_loss(output, target)).item()
             speed = step * batch * dist.get_world_size() / clock.seconds
             print(f"{step} {clock.seconds:.0f}s psnr {psnr:.2f} {speed:.0f}/s", flush=True)
+    assert isinstance(average.module, NarrowTAESD)
     return average.module
 
 
@@ -119,7 +120,7 @@ def worker(args: argparse.Namespace) -> None:
 def report(vae: NarrowTAESD, images: Tensor, target: Path) -> None:
     sample = as_batch(images)
     latents = vae.encoder(sample)
-    exact = to_diffusers(vae).encode(sample * 2 - 1).latents
+    exact = to_diffusers(vae).encode(sample * 2 - 1)[0]
     psnr = check(vae, images, target.with_suffix(".png"))
     print(f"held-out PSNR {psnr:.2f} dB, export error {(latents - exact).abs().max():.1e}")
     print("latent deviation", latents.std((0, 2, 3)).tolist())

@@ -18,6 +18,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 def run(worker: Callable[..., None], args: Any, processes: int) -> None:
     """Call worker(args) in every process; they share one process group."""
@@ -58,7 +60,7 @@ def moving_average(model: nn.Module, longest: float) -> AveragedModel:
     """Of the weights, over ever more steps; the share of the past grows to ``longest``."""
 
     @torch.no_grad()
-    def update(means: list[Tensor], weights: list[Tensor], steps: Tensor) -> None:
+    def update(means: Tensors, weights: Tensors, steps: Tensor | int) -> None:
         past = min(longest, (int(steps) + 1) / (int(steps) + 21))
         torch._foreach_lerp_(means, weights, 1 - past)
 

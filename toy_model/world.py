@@ -125,12 +125,16 @@ def named_characters() -> dict[str, Character]:
     return looks
 
 
+def random_colour(rng: random.Random, lowest: float, highest: float) -> tuple[float, float, float]:
+    red, green, blue = (round(rng.uniform(lowest, highest), 3) for _ in range(3))
+    return red, green, blue
+
+
 def random_palette(rng: random.Random) -> tuple[tuple[float, float, float], ...]:
     """A dark and a light colour of any hue, far enough apart to draw with."""
     weights = (0.3, 0.59, 0.11)
     while True:
-        dark = tuple(round(rng.uniform(0, 0.6), 3) for _ in range(3))
-        light = tuple(round(rng.uniform(0.3, 1), 3) for _ in range(3))
+        dark, light = random_colour(rng, 0, 0.6), random_colour(rng, 0.3, 1)
         depth, height = (sum(w * c for w, c in zip(weights, end, strict=False)) for end in (dark, light))
         if depth < 0.3 and height > 0.6:
             return dark, light

@@ -54,7 +54,8 @@ class ToyTextEncoder(SDClipModel):
 
 class ToyClip(SD1ClipModel):
     def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> None:
-        super().__init__(device, dtype, model_options or {}, clip_model=ToyTextEncoder)
+        # As ComfyUI's own models do, whatever the default says.
+        super().__init__(device, dtype, model_options or {}, clip_model=ToyTextEncoder)  # pyright: ignore[reportArgumentType]
 
 
 class ToySD(comfy.supported_models.SD15):

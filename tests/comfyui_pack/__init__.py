@@ -66,7 +66,8 @@ class SmallClipL(comfy.sd1_clip.SDClipModel):
 
 class SmallSD1Clip(comfy.sd1_clip.SD1ClipModel):
     def __init__(self, device="cpu", dtype=None, model_options={}):
-        super().__init__(device, dtype, model_options, clip_model=SmallClipL)
+        # As ComfyUI's own models do, whatever the default says.
+        super().__init__(device, dtype, model_options, clip_model=SmallClipL)  # pyright: ignore[reportArgumentType]
 
 
 class SmallSDXLClip(comfy.sdxl_clip.SDXLClipModel):
