@@ -35,6 +35,7 @@ from .comfyui_tokens import (
     vocabularies,
     with_embeddings,
 )
+from .protocol import DiffusionModel, TrainableModel
 
 Conditioning = list[dict[str, Any]]
 
@@ -80,7 +81,7 @@ class ComfyModel:
     # Loading ------------------------------------------------------------------------------------
 
     @contextmanager
-    def training(self) -> Iterator["ComfyModel"]:
+    def training(self) -> Iterator[TrainableModel]:
         self._start()
         try:
             yield self
@@ -88,7 +89,7 @@ class ComfyModel:
             self._contexts.close()
 
     @contextmanager
-    def paused(self) -> Iterator["ComfyModel"]:
+    def paused(self) -> Iterator[DiffusionModel]:
         self._contexts.close()
         try:
             yield self

@@ -25,6 +25,7 @@ from ..prompts import check_whole
 from ..vocabulary import Vocabulary
 from .diffusers_families import FAMILIES, Conditioning
 from .diffusers_tokens import spelled, tokenizer_slot, with_embeddings, with_names
+from .protocol import DiffusionModel, TrainableModel
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 OPENCLIP_H = 1024  # width of SD2's text encoder, which sits in the same slot as SD1's
@@ -165,11 +166,11 @@ class DiffusersModel:
         return [weight for module in (self._network, *encoders) for weight in module.parameters()]
 
     @contextmanager
-    def training(self) -> Iterator["DiffusersModel"]:
+    def training(self) -> Iterator[TrainableModel]:
         yield self  # a pipeline's weights can be differentiated through as they are
 
     @contextmanager
-    def paused(self) -> Iterator["DiffusersModel"]:
+    def paused(self) -> Iterator[DiffusionModel]:
         yield self
 
     def enable_gradient_checkpointing(self) -> bool:
