@@ -81,7 +81,7 @@ def test_files_hold_nothing_of_the_machine_they_were_made_on(path, server):
 @each_workflow
 def test_a_note_says_what_to_change(path):
     (note,) = nodes_of(read(path), "MarkdownNote")
-    for words in ("**Load Checkpoint**", "512 for SD1", "For your own"):
+    for words in ("**Load Checkpoint**", "512 for SD1", "To use your own"):
         assert words in note["widgets_values"][0]
 
 
