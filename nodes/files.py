@@ -1,5 +1,6 @@
 """The folders and file names that the nodes use."""
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -28,7 +29,8 @@ def embedding_file(name: str) -> Path:
         path = folder / name
         if path.is_file():
             if not path.resolve().is_relative_to(folder.resolve()):
-                outside = "is outside" if ".." in Path(name).parts else "is a link outside"
+                is_link = Path(os.path.normpath(path)).is_relative_to(folder)
+                outside = "is a link outside" if is_link else "is outside"
                 raise UserError(f"{name!r} {outside} the embeddings folder; copy the file there.")
             return path
     raise UserError(f"There is no {name!r} in the embeddings folder.")
