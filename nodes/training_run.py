@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,13 @@ class TrainingRun:
     def follow(self, steps: Iterator[Step], saved: dict[str, Any] | None) -> tuple[Step, str]:
         """The last good step, and the reason why training stopped before the loop ended, or an empty string."""
         progress = comfy.utils.ProgressBar(self.config.steps)
-        last = next(steps)
-        self.begin(last, saved)
+        first = last = next(steps)
+        self.begin(first, saved)
+        began = time.perf_counter()
         try:
-            self.show(last, progress)
-            began = time.perf_counter()
-            for last in steps:
-                self.record(last, time.perf_counter() - began)
+            for last in chain([first], steps):
+                if last is not first:
+                    self.record(last, time.perf_counter() - began)
                 self.show(last, progress)  # raises ComfyUI's interrupt
                 if self.live.stop.is_set():
                     return last, f"Stopped by hand: kept the vectors of step {last.best_step}."
