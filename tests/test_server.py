@@ -309,6 +309,21 @@ def test_interrupt_in_the_middle(server, checkpointing):
     healthy(server, reference)
 
 
+def test_stop_before_the_first_step_keeps_the_start(server):
+    """*Stop and keep* while the initializer is searched for: the rest of the graph runs with its vectors."""
+
+    def stop(event):
+        if event["type"] == "textual_inversion.run" and event["data"]["state"] == "encoding":
+            server.http.post(f"{server.url}/textual_inversion/runs/{event['data']['run']}/stop", timeout=60)
+
+    graph = learning_graph(initializer="", seed=41)
+    del graph["plot"]  # core's Plot Loss Graph needs two different losses
+    outputs = server.run(graph, on_event=stop).history["outputs"]
+    (report,) = outputs["train"]["text"]
+    assert "0 steps of 2 pictures. Stopped by hand: kept the vectors of step 0." in report
+    assert outputs["save"]["text"]
+
+
 def test_error_in_the_middle(server):
     reference = server.run(ordinary_graph("SmallSD1"))
     before = embeddings(server)
