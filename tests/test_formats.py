@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from textual_inversion import Embedding, UserError, formats
 
@@ -424,3 +424,15 @@ def test_pickled_rubbish_is_refused(tmp_path):
 
 def test_every_format_has_a_name_in_the_choices():
     assert tuple(formats.FORMATS) == get_args(formats.FormatName)
+
+
+@pytest.mark.parametrize(("beginning", "length"), [(b"\x80\x02", 640), (b"\x80\x04", 1152), (b"\x80\x02", 66176)])
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path, beginning, length):
+    """A safetensors file begins with the length of its header; its metadata decides that length."""
+    embedding = Embedding("S*", {"clip_l": torch.rand(1, 768)})
+    bare = len(save({"clip_l": embedding.vectors["clip_l"]}, {"note": "", "trigger": "S*"})) - 8 - 768 * 4
+    noted = Embedding("S*", embedding.vectors, {"note": "x" * (length - bare)})
+    (path,) = formats.write(noted, tmp_path / "word.safetensors")
+    assert path.read_bytes().startswith(beginning)
+    assert int.from_bytes(path.read_bytes()[:8], "little") == length
+    assert torch.equal(formats.read(path).vectors["clip_l"], embedding.vectors["clip_l"])

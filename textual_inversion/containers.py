@@ -43,15 +43,25 @@ def open_file(path: Path) -> Content:
     Raises UserError if the file cannot be read, contains something else, or is too large.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(8)
-        opened = next((opened for magic, opened in _CONTAINERS.items() if start.startswith(magic)), _open_safetensors)
-        return opened(path)
+        return _opener(path)(path)
     except UserError:
         raise
     except Exception as error:  # the libraries raise many kinds of errors for broken files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path.name} cannot be read as an embedding: {reason}") from error
+
+
+def _opener(path: Path) -> Callable[[Path], Content]:
+    """What opens a file, by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    # A safetensors file begins with the length of its header, and 640 or 1152 look like the start of a pickle.
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8:
+        return _open_safetensors
+    for magic, opener in _CONTAINERS.items():
+        if start.startswith(magic):
+            return opener
+    return _open_safetensors
 
 
 def check_shape(key: str, shape: tuple[int, ...], is_float: bool, path: Path) -> None:
