@@ -2,6 +2,8 @@
 
     python -m benchmarks.concepts                                  every recipe, 8 concepts, 3 seeds
     python -m benchmarks.concepts --recipes ours diffusers --seeds 0 --concepts heart ember
+    python -m benchmarks.concepts --cosine 0.05                    gradients of batches agree that little at the start
+    python -m benchmarks.concepts --noise 30                       30 x the residual is not to be known (levels.py)
     python -m benchmarks.concepts --report                         only the tables, plot and sheets
     python -m benchmarks.concepts --model my.safetensors --concepts my/cat my/dog
 
@@ -22,7 +24,9 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,6 +38,7 @@ from demo.measure import CONCEPTS, Bench, Concept
 from dev.get_comfyui import ROOT
 
 from .cells import add_cell, file_name, read_cells
+from .levels import Level, harder
 from .recipes import ABLATIONS, RECIPES, Recipe
 
 OUT = ROOT / "benchmarks/results/concepts"
@@ -77,13 +82,15 @@ SHOWN = slice(0, 10, 2)  # of these prompts, on the contact sheets
 class Cell:
     """One recipe on one concept with one seed."""
 
-    def __init__(self, bench: Bench, name: str, recipe: Recipe, concept: Concept, seed: int, captions: bool) -> None:
+    def __init__(
+        self, bench: Bench, name: str, recipe: Recipe, concept: Concept, seed: int, captions: bool, level: Level
+    ) -> None:
         from textual_inversion import TrainConfig
         from textual_inversion.state import saved_settings
 
         base = {"initializer": concept.initializer, "kind": concept.kind, "seed": seed}
         self.config = TrainConfig(**base, **recipe.settings)
-        self.bench, self.recipe, self.concept = bench, recipe, concept
+        self.bench, self.recipe, self.concept, self.level = bench, recipe, concept, level
         self.about = {"recipe": name, "concept": concept.folder.name, "kind": concept.kind, "seed": seed}
         self.about |= {"captions": captions, "settings": saved_settings(self.config)}
         self.training = bench.dataset(concept, "train", self.config, captions)
@@ -92,29 +99,39 @@ class Cell:
 
     def run(self) -> tuple[dict[str, Any], Any, Tensor | None]:
         """Measurements, the learned word, and pictures (P, H, W, 3) of the prompts to show."""
-        from textual_inversion import initial_embedding, optimizers, train
+        from textual_inversion import initial_embedding, train
 
-        curve, seconds, started = [], 0.0, time.perf_counter()
-        weight = optimizers.SHARED_UPDATE_WEIGHT if self.recipe.shared_updates else 0.0
-        with self.bench.model.training() as model, patch.object(optimizers, "SHARED_UPDATE_WEIGHT", weight):
+        curve, seconds = [], 0.0
+        with ExitStack() as stack:
+            for path, value in self.recipe.constants.items():
+                module, name = path.split(".")
+                stack.enter_context(patch.object(import_module(f"textual_inversion.{module}"), name, value))
+            plain = stack.enter_context(self.bench.model.training())
             with torch.no_grad():
-                known = model.vocabularies(), self.config.trigger, self.concept.initializer
+                known = plain.vocabularies(), self.config.trigger, self.concept.initializer
                 class_word = initial_embedding(*known, self.config.vectors)
+            model = harder(plain, self.level, class_word, self.training, self.config)
             embedding = self.recipe.start(model, self.training, self.config).trainable()
+            started = time.perf_counter()
             for step in train(model, embedding, self.training, self.config):
                 # What the tool hands out: the last vectors, or ours, chosen on fixed noise.
                 keeps_best = self.config.evaluate_every < self.config.steps
                 word = step.best if keeps_best else embedding.snapshot()
                 if step.number in CURVE or step.number == self.config.steps:
                     seconds += time.perf_counter() - started
-                    images = step.number * self.config.batch_size * self.config.accumulation
-                    curve.append([images, round(seconds, 2), self.loss(self.heldout, word, CURVE_DRAWS)])
+                    curve.append(self._point(step, seconds, word))
                     started = time.perf_counter()
+            if curve[-1][0] < self._images(step):
+                curve.append(self._point(step, seconds + time.perf_counter() - started, word))
             class_losses, losses = (self.losses(self.heldout, w, DRAWS) for w in (class_word, word))
             result = self.about | {
                 "curve": curve,
                 "stopped": step.number,
                 "kept": step.best_step if keeps_best else step.number,
+                "released": step.progress.released,
+                "agreement": step.progress.agreement,
+                "gain": [step.progress.gain.mean / step.progress.initial_loss, step.progress.gain.certain],
+                "level": vars(self.level) | vars(model.measured),
                 "identity": 1 - sum(losses) / sum(class_losses),
                 "bands": [1 - ours / theirs for ours, theirs in zip(losses, class_losses, strict=True)],
                 "leak": sum(losses) / BANDS - self.loss(self.seen, word, DRAWS),
@@ -124,6 +141,12 @@ class Cell:
             }
         found, pictures = self.look(word)
         return result | found, word, pictures
+
+    def _images(self, step) -> int:
+        return step.number * self.config.batch_size * self.config.accumulation
+
+    def _point(self, step, seconds: float, word) -> list[float]:
+        return [self._images(step), round(seconds, 2), self.loss(self.heldout, word, CURVE_DRAWS)]
 
     def loss(self, dataset, word, draws: int) -> float:
         return sum(self.losses(dataset, word, draws)) / BANDS
@@ -186,26 +209,32 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--captions", action="store_true", help="use the captions of the training pictures")
     parser.add_argument("--model", type=Path, help="a checkpoint instead of the demo model")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--cosine", type=float, default=0.0, help="agreement of gradients at the start (levels.py)")
+    parser.add_argument("--noise", type=float, default=0.0, help="irreducible noise, times the residual (levels.py)")
+    parser.add_argument("--out", type=Path, help=f"default: {OUT.relative_to(ROOT)}, and a folder in it for each level")
     parser.add_argument("--report", action="store_true", help="learn nothing: only write tables, plot and sheets")
     args = parser.parse_args()
+    level = Level(args.cosine, args.noise)
+    args.out = args.out or (OUT / level.name.replace(" ", "-") if args.cosine or args.noise else OUT)
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
     if not args.report:
         bench = Bench(args.model) if args.model else Bench()
         for name, concept, seed in cells(args, recipes):
-            learn(bench, args, name, recipes[name], Concept.read(concept), seed)
+            learn(bench, args, name, recipes[name], Concept.read(concept), seed, level)
     from .concepts_report import write_report
 
     write_report(args.out)
 
 
-def learn(bench: Bench, args: argparse.Namespace, name: str, recipe: Recipe, concept: Concept, seed: int) -> None:
+def learn(
+    bench: Bench, args: argparse.Namespace, name: str, recipe: Recipe, concept: Concept, seed: int, level: Level
+) -> None:
     """Measures a cell, unless that has been done with the same settings."""
     from textual_inversion import formats
     from textual_inversion.pictures import to_pillow
 
     name += " + captions" if args.captions else ""
-    cell = Cell(bench, name, recipe, concept, seed, args.captions)
+    cell = Cell(bench, name, recipe, concept, seed, args.captions, level)
     known = read_cells(args.out).get((name, concept.folder.name, seed))
     if known and known["settings"] == cell.about["settings"]:
         return

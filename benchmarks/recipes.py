@@ -35,8 +35,8 @@ class Recipe:
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: Callable[[Any, Dataset, TrainConfig], Embedding] = from_word
-    shared_updates: bool = True
-    """Whether per-image tokens share their updates."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Constants of the engine that differ, by module and name: what is not a setting."""
 
 
 # What everyone else does: plain AdamW at a constant rate on templates, the last vectors kept, and
@@ -87,15 +87,15 @@ RECIPES = {
 # Ours with one piece changed: what is kept has to pay (docs/method.md).
 ABLATIONS = {
     "no per-image tokens": Recipe("", {"per_image_tokens": 0}),
-    "no shared updates": Recipe("", shared_updates=False),
-    "no shared updates, 200 steps": Recipe(
-        "", {"steps": 200, "momentum": 0.8, "averaging": 0.9, "patience": 3, "evaluate_every": 20}, shared_updates=False
-    ),
     "two per-image tokens": Recipe("", {"per_image_tokens": 2}),
-    "adamw": Recipe("", {"optimizer": "adamw", "learning_rate": 2e-2, "momentum": 0.9}),
-    "constant rate": Recipe("", {"schedule": "constant"}),
+    "no shared updates": Recipe("", constants={"optimizers.SHARED_UPDATE_WEIGHT": 0.0}),
+    "no wait": Recipe("", constants={"training.LONGEST_WAIT": 0}),
+    "image tokens at the full rate": Recipe("", constants={"training.SETTLED_IMAGE_RATE": 1.0}),
+    "rate without agreement": Recipe("", {"learning_rate": 0.2}, constants={"training.AGREEMENT_POWER": 0.0}),
+    "cosine to step 400": Recipe("", {"schedule": "cosine", "steps": 400, "learning_rate": 0.3}),
     "no averaging": Recipe("", {"averaging": 0.0}),
-    "all steps": Recipe("", {"patience": 0}),
+    "average of the whole run": Recipe("", constants={"training.AVERAGED_SHARE": 1.0}),
+    "adamw": Recipe("", {"optimizer": "adamw", "learning_rate": 2e-2, "momentum": 0.9}),
     "no anchor": Recipe("", {"editability": 0.0}),
     "anchor 0.5": Recipe("", {"editability": 0.5}),
     "searched initializer": Recipe("", {}, from_search),

@@ -32,9 +32,14 @@ class Record:
     message: str = ""
     step: int = 0
     steps: int = 0
+    """At most."""
+    planned: int = 0
+    """The step at which training may end, as far as it is known now."""
     learning_rate: float = 0.0
     rate: float = 0.0  # pictures per second
     seconds_left: float | None = None
+    trend: Literal["waiting", "improving", "flat"] = "improving"
+    flat: int = 0  # evaluations in a row without progress
     best: int = 0
     losses: Curve = field(default_factory=list)
     fixed: Curve = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..textual_inversion.dataset import Dataset
 from ..textual_inversion.initializer import with_initializer
 from ..textual_inversion.prompts import place_trigger
 from ..textual_inversion.report import learned_embedding, report
+from ..textual_inversion.training import earliest_end, finished
 from .files import embeddings_folder, temporary_folder
 from .live import LiveRun, thinned
 from .state_file import StateFile
@@ -73,6 +74,8 @@ def run_training(model: ComfyModel, dataset: Dataset, request: Request, live: Li
         text += "\nembedding:NAME does not work with this text encoder: use Load Embedding and Apply Embedding."
     run.draw(model, learned, last.number)
     state_file.remove()
+    if last.number == config.steps and not finished(last.progress, config):
+        run.save(last)  # with more steps it goes on from here
     text += f"\n{time.perf_counter() - began:.0f} s, previews included."
     return Result(learned, text, run.losses, run.pictures)
 
@@ -114,7 +117,7 @@ class TrainingRun:
     seconds: float = 0.0
     """Average time of one step."""
 
-    def follow(self, steps: Iterator[Step], saved: dict[str, Any] | None) -> tuple[Step, str]:
+    def follow(self, steps: Generator[Step, bool | None], saved: dict[str, Any] | None) -> tuple[Step, str]:
         """The last good step, and the reason why training stopped before the loop ended, or an empty string."""
         progress = comfy.utils.ProgressBar(self.config.steps)
         first = last = next(steps)
@@ -126,6 +129,8 @@ class TrainingRun:
                     self.record(last, time.perf_counter() - began)
                 self.show(last, progress)  # raises ComfyUI's interrupt
                 if self.live.stop.is_set():
+                    last = steps.send(True)
+                    self.note_fixed_loss(last)
                     return last, f"Stopped by hand: kept the vectors of step {last.best_step}."
                 began = time.perf_counter()
             return last, ""
@@ -143,19 +148,21 @@ class TrainingRun:
         if saved and first.number:
             self.losses = [*saved["losses"], first.loss][: first.number + 1]
             self.fixed = [(number, loss) for number, loss in saved["fixed"]]
-            if first.fixed_loss is not None:  # the saved run was interrupted before its evaluation
-                self.fixed.append((first.number, first.fixed_loss))
+            self.note_fixed_loss(first)  # where the saved run was interrupted before its evaluation
             message = f"Resumed the unfinished run at step {first.number}."
         else:
             self.losses, self.fixed = [first.loss], [(0, first.loss)]
             if saved or self.state_file.has_others:
-                changed = "the model" if saved else "settings or pictures"
+                changed = "the model" if saved else "settings, pictures or the node pack"
                 message = f"Started over: {changed} changed since the unfinished run."
         self.live.tell("learning", message=message, steps=self.config.steps)
 
     def record(self, step: Step, seconds: float) -> None:
         self.seconds = 0.9 * self.seconds + 0.1 * seconds if self.seconds else seconds
         self.losses.append(step.loss)
+        self.note_fixed_loss(step)
+
+    def note_fixed_loss(self, step: Step) -> None:
         if step.fixed_loss is not None:
             self.fixed.append((step.number, step.fixed_loss))
 
@@ -167,7 +174,7 @@ class TrainingRun:
         self.send_progress(step)
         if step.number and step.number % SAVE_EVERY == 0:
             self.save(step)
-        progress.update_absolute(step.number)
+        progress.update_absolute(step.number, self.planned(step))
 
     def send_progress(self, step: Step) -> None:
         """Sends everything about the run to the panel."""
@@ -176,11 +183,18 @@ class TrainingRun:
             step=step.number,
             learning_rate=step.learning_rate,
             rate=self.config.batch_size * self.config.accumulation / self.seconds if self.seconds else 0.0,
-            seconds_left=(self.config.steps - step.number) * self.seconds if self.seconds else None,
+            planned=self.planned(step),
+            seconds_left=(self.planned(step) - step.number) * self.seconds if self.seconds else None,
+            trend="waiting" if step.progress.released is None else "flat" if step.progress.flat else "improving",
+            flat=step.progress.flat,
             best=step.best_step,
             losses=thinned(self.losses),
             fixed=self.fixed,
         )
+
+    def planned(self, step: Step) -> int:
+        """The step at which training may end, as far as it is known now: later while it is still improving."""
+        return min(self.config.steps, max(earliest_end(step.progress, self.config), step.number + 1))
 
     def take_preview_request(self) -> bool:
         """Whether the button *Preview now* was pressed since the last call."""

@@ -10,7 +10,7 @@ from .errors import UserError
 
 Kind = Literal["object", "style", "face", "custom"]
 OptimizerName = Literal["sphere", "adamw"]  # optimizers.OPTIMIZERS says what each is
-Schedule = Literal["cosine", "constant"]
+Schedule = Literal["automatic", "cosine", "constant"]
 
 
 def bounded(default: Any, low: float, high: float, step: float = 1, saved_as: str = "") -> Any:
@@ -40,11 +40,11 @@ class TrainConfig:
     vectors: int = bounded(1, 1, 75)
     """Vectors of the embedding. Each takes one token of the prompt. More hold more detail and are harder to edit."""
 
-    steps: int = bounded(100, 2, 100_000)
-    """Maximum number of optimizer steps. Training stops early when the loss no longer improves."""
+    steps: int = bounded(3000, 2, 100_000)
+    """Maximum number of optimizer steps. Training ends by itself when there is nothing more to learn."""
 
     learning_rate: float = bounded(0.0, 0.0, 1.0, 1e-6)
-    """Largest rotation per step in radians (adamw: an ordinary learning rate). 0: the optimizer's own, 0.3 for
+    """Largest rotation per step in radians (adamw: an ordinary learning rate). 0: the optimizer's own, 0.35 for
     sphere and 0.005 for adamw. Halve it when pictures turn to noise."""
 
     batch_size: int = bounded(4, 1, 64)
@@ -71,11 +71,12 @@ class TrainConfig:
     """Extra tokens for each picture without a caption. They learn what only that picture shows, such as its
     background, so the embedding does not. They are not saved. 0: off."""
 
-    averaging: float = bounded(0.8, 0.0, 0.9999, 0.01)
-    """EMA decay. The averaged vectors are the ones saved. 0: no averaging."""
+    averaging: float = bounded(0.9999, 0.0, 0.9999, 0.01)
+    """Largest EMA decay. The decay grows, so that the average covers the last third of the run. The averaged vectors
+    are the ones saved. 0: no averaging."""
 
-    patience: int = bounded(5, 0, 1000)
-    """Early stopping: stop after this many evaluations without an improvement of 1%. 0: never stop early."""
+    patience: int = bounded(2, 0, 1000)
+    """Early stopping: stop after this many evaluations in a row without measurable progress. 0: never stop early."""
 
     momentum: float = bounded(0.7, 0.0, 0.999, 0.01)
     """Momentum of the gradient (adamw: beta1). 0: use only the gradient of the current step."""
@@ -83,8 +84,9 @@ class TrainConfig:
     weight_decay: float = bounded(1e-2, 0.0, 1.0, 1e-4)
     """Weight decay. Only for adamw."""
 
-    schedule: Schedule = "cosine"
-    """Learning rate schedule: cosine decay to zero, or constant."""
+    schedule: Schedule = "automatic"
+    """Learning rate schedule. automatic: lower with every step, and the lower the less the gradients agree; it does
+    not depend on the number of steps. Or cosine decay to zero at the last step, or constant."""
 
     warmup_steps: int = bounded(0, 0, 10_000)
     """Steps over which the learning rate rises from zero."""
@@ -96,7 +98,8 @@ class TrainConfig:
     """Probability of mirroring a picture. Leave it at 0 for faces, text and anything with a left and a right."""
 
     evaluate_every: int = bounded(10, 1, 10_000)
-    """Steps between evaluations. Each measures the loss on the same fixed noise; the best vectors are kept."""
+    """Fewest steps between evaluations, which are further apart in a long run. Each measures the loss on the same
+    fixed noise."""
 
     def __post_init__(self) -> None:
         check_limits(self)

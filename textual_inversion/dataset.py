@@ -171,19 +171,20 @@ def training_batches(dataset: Dataset, config: TrainConfig, generator: torch.Gen
         yield _draw(dataset, indices, torch.rand(len(indices), generator=generator), config, generator)
 
 
-def fixed_batches(dataset: Dataset, config: TrainConfig, draws_per_picture: int = 0) -> list[Batch]:
+def fixed_batches(dataset: Dataset, config: TrainConfig, draws_per_picture: int = 0, block: int = 0) -> list[Batch]:
     """The same noise, noise levels and prompts on every call, for measurements that can be compared.
 
     Noise levels are spread evenly over the schedule, so that a few draws say as much as many random
     ones. 0 draws: about 16 in all, and of many pictures only every second, third ..., to stay cheap.
+    Another ``block`` has other noise, and of many pictures others.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(block)
     pictures = len(dataset.latents)
     every = 1 if draws_per_picture else math.ceil(pictures / FIXED_DRAWS)
     draws = draws_per_picture or max(1, FIXED_DRAWS // pictures)
     batches = []
     for group in dataset.indices_by_shape():
-        indices = [index for index in group[::every] for _ in range(draws)]
+        indices = [index for index in group[block % every :: every] or group[:1] for _ in range(draws)]
         quantiles = (torch.randperm(len(indices), generator=generator) + 0.5) / len(indices)
         for start in range(0, len(indices), config.batch_size):
             rows = slice(start, start + config.batch_size)

@@ -10,10 +10,10 @@ from .dataset import Batch
 from .embedding import Embedding
 
 
-def denoising_loss(
+def denoising_losses(
     denoised: Tensor, latents: Tensor, sigmas: Tensor, weights: Tensor, masks: Tensor | None = None
 ) -> Tensor:
-    """Mean of weight ((denoised - latents) / sigma)^2, weighted by the masks as well.
+    """Of each row the mean of weight ((denoised - latents) / sigma)^2, weighted by the masks as well: (B,).
 
     For models that predict the noise this is ||eps - eps_theta||^2 of Gal et al. 2022 (arXiv
     2208.01618, equation 2), since denoised = x - sigma eps_theta and x = latents + sigma eps; for
@@ -29,24 +29,32 @@ def denoising_loss(
     per_row = (-1, *[1] * (latents.ndim - 1))
     error = ((denoised.float() - latents) / sigmas.view(per_row)).square() * weights.view(per_row)  # (B, C, h, w)
     if masks is None:
-        return error.mean()
-    per_picture = (error.mean(1, keepdim=True) * masks).flatten(1).sum(1) / masks.flatten(1).sum(1)  # (B,)
-    return per_picture.mean()
+        return error.flatten(1).mean(1)
+    return (error.mean(1, keepdim=True) * masks).flatten(1).sum(1) / masks.flatten(1).sum(1)
 
 
 def batch_loss(model: TrainableModel, embeddings: Sequence[Embedding], batch: Batch) -> Tensor:
     """The loss of one batch, a scalar, differentiable by the vectors of ``embeddings``."""
+    return row_losses(model, embeddings, batch).mean()
+
+
+def row_losses(model: TrainableModel, embeddings: Sequence[Embedding], batch: Batch) -> Tensor:
+    """The loss of each row of a batch, (B,), differentiable by the vectors of ``embeddings``."""
     latents = batch.latents.to(model.device)
     masks = None if batch.masks is None else batch.masks.to(model.device)
     sigmas = model.sample_sigmas(batch.quantiles)
     noised = model.add_noise(latents, batch.noise.to(model.device), sigmas)
     conditioning = model.encode_prompts(batch.prompts, *embeddings)
     denoised = model.denoise(noised, sigmas, conditioning)
-    return denoising_loss(denoised, latents, sigmas, model.loss_weights(sigmas), masks)
+    return denoising_losses(denoised, latents, sigmas, model.loss_weights(sigmas), masks)
 
 
 @torch.no_grad()
+def fixed_losses(model: TrainableModel, embeddings: Sequence[Embedding], batches: Sequence[Batch]) -> Tensor:
+    """The loss of each row of several batches, on the CPU."""
+    return torch.cat([row_losses(model, embeddings, batch).cpu() for batch in batches])
+
+
 def mean_loss(model: TrainableModel, embeddings: Sequence[Embedding], batches: Sequence[Batch]) -> float:
     """The loss over fixed batches, every row counting the same."""
-    rows = sum(len(batch.prompts) for batch in batches)
-    return sum(batch_loss(model, embeddings, b).item() * len(b.prompts) for b in batches) / rows
+    return fixed_losses(model, embeddings, batches).mean().item()

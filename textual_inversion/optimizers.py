@@ -1,7 +1,8 @@
 """The optimizers that update the vectors. ``OPTIMIZERS`` lists them; to add one, add a row and its name in config.py.
 
-The training loop sets ``lr`` in every parameter group before each step. A parameter may have no gradient. The
-``state_dict`` must load with ``weights_only=True``, so that an unfinished run can be resumed.
+The first parameter group is the concept's vectors. The training loop sets ``lr`` in every group before each step,
+and ``agreement`` (see ``agreement.Agreement``) in the first. A parameter may have no gradient. The ``state_dict``
+must load with ``weights_only=True``, so that an unfinished run can be resumed.
 """
 
 import math
@@ -52,20 +53,26 @@ def make_optimizer(tokens: TrainedTokens, config: TrainConfig) -> torch.optim.Op
     return OPTIMIZERS[config.optimizer].make(tokens, config, learning_rate(config))
 
 
+def _groups(tokens: TrainedTokens) -> list[dict]:
+    """Parameter groups: the concept's vectors, then the per-image tokens of each text encoder."""
+    by_encoder = zip(*(embedding.parameters() for embedding in tokens.per_image), strict=True)
+    return [{"params": list(vectors)} for vectors in (tokens.concept.parameters(), *by_encoder)]
+
+
 def _sphere(tokens: TrainedTokens, config: TrainConfig, rate: float) -> torch.optim.Optimizer:
-    groups: list[dict] = [{"params": list(tokens.concept.parameters()), "anchor_strength": config.editability}]
-    if tokens.per_image:  # those of one text encoder share a group
-        by_encoder = zip(*(embedding.parameters() for embedding in tokens.per_image), strict=True)
-        groups += [{"params": list(rows), "shared_update_weight": SHARED_UPDATE_WEIGHT} for rows in by_encoder]
-    return Sphere(groups, rate, config.momentum)
+    concept, *per_image = _groups(tokens)
+    concept["anchor_strength"] = config.editability
+    for group in per_image:
+        group["shared_update_weight"] = SHARED_UPDATE_WEIGHT
+    return Sphere([concept, *per_image], rate, config.momentum)
 
 
 def _adamw(tokens: TrainedTokens, config: TrainConfig, rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(tokens.parameters(), rate, (config.momentum, 0.999), weight_decay=config.weight_decay)
+    return torch.optim.AdamW(_groups(tokens), rate, (config.momentum, 0.999), weight_decay=config.weight_decay)
 
 
 OPTIMIZERS: dict[OptimizerName, OptimizerSpec] = {
-    "sphere": OptimizerSpec(_sphere, learning_rate=0.3, keeps_length=True, ignores=("weight_decay",)),
+    "sphere": OptimizerSpec(_sphere, learning_rate=0.35, keeps_length=True, ignores=("weight_decay",)),
     "adamw": OptimizerSpec(_adamw, learning_rate=0.005, keeps_length=False, ignores=("editability",)),
 }
 
@@ -81,7 +88,8 @@ class Sphere(torch.optim.Optimizer):
         lr: radians that one step rotates a vector by, where the gradients agree.
         momentum: EMA decay of the gradient.
         anchor_strength: pulls each vector back to where it started, with this share of the length of
-            the averaged gradient; so masks, batch size and the scale of the loss do not change its effect.
+            what the gradients agree on; so masks, batch size, noise and the scale of the loss do not change
+            its effect. How much that is of the whole gradient is the square root of the option ``agreement``.
         shared_update_weight: adds this many times the mean update of the group to each of its
             matrices, also to one without a gradient, so what they have in common is learned faster than
             their differences.
@@ -97,6 +105,7 @@ class Sphere(torch.optim.Optimizer):
     ):
         defaults = {"lr": lr, "momentum": momentum}
         defaults |= {"anchor_strength": anchor_strength, "shared_update_weight": shared_update_weight}
+        defaults |= {"agreement": 1.0}
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -131,7 +140,8 @@ class Sphere(torch.optim.Optimizer):
             return torch.zeros_like(vectors)
         update = -_tangent(state["mean"], direction) / unbiased / root_mean_square
         if group["anchor_strength"]:
-            update += group["anchor_strength"] * _tangent(state["start"], direction)
+            pull = group["anchor_strength"] * math.sqrt(group["agreement"])
+            update += pull * _tangent(state["start"], direction)
         return update
 
 

@@ -8,12 +8,15 @@ import torch.nn.functional as F
 
 from . import __version__
 from .adapters.protocol import TrainableModel
+from .agreement import in_words
 from .config import TrainConfig
 from .dataset import Dataset
 from .embedding import Embedding
+from .evaluation import CERTAIN
 from .optimizers import OPTIMIZERS, learning_rate
 from .prompts import place_trigger
-from .training import Step
+from .state import Progress
+from .training import Step, finished
 
 # Prompts that training does not use, to see what the embedding does to the words beside it.
 UNSEEN = ("{} on the beach", "{} in the snow at night", "a red {} wearing a hat", "a drawing of {} and a dog")
@@ -46,15 +49,14 @@ def report(
     ``origin`` is what people call ``start``; ``ended`` says why training ended before its last step,
     where the caller knows.
     """
-    learned, initial_loss = last.best, last.progress.initial_loss
-    if last.number < config.steps and not ended:
-        ended = f"Stopped early: no improvement in {config.patience} evaluations."
+    learned, progress = last.best, last.progress
+    pictures = config.batch_size * config.accumulation
     lines = [
         f"{config.trigger}: {learned.describe()}, learned from {len(dataset.latents)} pictures, "
         f"initialized from {origin}.",
-        f"{last.number} steps of {config.batch_size * config.accumulation} pictures. {ended}",
-        f"Loss on fixed noise: {initial_loss:.4f} before training, {last.best_loss:.4f} at step {last.best_step}, "
-        f"which was kept: {1 - last.best_loss / initial_loss:.0%} lower than with {origin}.",
+        f"{last.number} steps of {pictures} pictures. {ended or why_it_ended(progress, config)}",
+        what_was_learned(progress, origin),
+        f"Gradients at the start: {in_words(progress.agreement)} (agreement of two batches {progress.agreement:.2f}).",
         f"Similarity of unseen prompts to those with {origin}: {1 - drift(model, start, learned):.0%}.",
     ]
     for key, vocabulary in model.vocabularies().items():
@@ -70,6 +72,29 @@ def report(
         if length > LENGTH_WARNING * usual and not OPTIMIZERS[config.optimizer].keeps_length:
             lines.append("Vectors this long drown the other words of a prompt: use optimizer sphere.")
     return "\n".join(lines)
+
+
+def why_it_ended(progress: Progress, config: TrainConfig) -> str:
+    if finished(progress, config):
+        return "Ended: no measurable progress."
+    if progress.flat:
+        return f"All {config.steps} steps are done; the last {_evaluations(progress.flat)} showed no progress."
+    return f"All {config.steps} steps are done, and it was still improving: raise steps and run again to go on."
+
+
+def what_was_learned(progress: Progress, origin: str) -> str:
+    """How much better the pictures are explained by the embedding than by the initializer, or that it is not known."""
+    gain, loss = progress.gain, progress.best_evaluation.loss
+    share, error = (value / (loss + gain.mean) for value in (gain.mean, CERTAIN * gain.error))
+    beside = f"Loss on fixed noise: {loss + gain.mean:.4f} with {origin}, {loss:.4f} with the vectors of step "
+    beside += f"{progress.best_step}, which were kept: {share:.1%} (± {error:.1%}) lower."
+    if gain.certain:
+        return beside
+    return f"Nothing was measurably learned. {beside} That may be chance."
+
+
+def _evaluations(count: int) -> str:
+    return f"{count} evaluations" if count > 1 else "evaluation"
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import json
 import math
 import pickle
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .agreement import Agreement
 from .config import TrainConfig, saved_names
 from .embedding import Embedding
+from .evaluation import Difference, Evaluation, gain
 from .image_tokens import TrainedTokens
 from .optimizers import learning_rate
 
@@ -23,22 +25,44 @@ from .optimizers import learning_rate
 class Progress:
     """How far a run is, and the best it has found. "Fixed loss" is the loss on fixed noise."""
 
-    initial_loss: float
-    """Fixed loss before the first step."""
     loss: float
     """Loss on the random batch of the last step, noisy; before the first step the fixed loss."""
     best: Embedding
-    """The averaged vectors with the lowest fixed loss."""
-    best_loss: float
-    last_improved_loss: float
-    """The fixed loss at the last evaluation that counted as an improvement."""
+    """The averaged vectors to keep."""
+    evaluations: tuple[Evaluation, ...]
+    """Of the averaged vectors, the first one before the first step."""
     step: int = 0
     best_step: int = 0
-    last_improved_step: int = 0
-    evaluated_step: int = 0
+    released: int | None = None
+    """The step after which the embedding began to move; None while it waits for the per-image tokens."""
+    flat: int = 0
+    """How many of the last evaluations in a row showed no progress."""
+    agreement: float = 0.0
+    """Of the gradients near the start (see ``agreement.Agreement``)."""
+
+    @property
+    def initial_loss(self) -> float:
+        return self.evaluations[0].loss
+
+    @property
+    def evaluated_step(self) -> int:
+        return self.evaluations[-1].step
+
+    @property
+    def best_evaluation(self) -> Evaluation:
+        return next(evaluation for evaluation in self.evaluations if evaluation.step == self.best_step)
+
+    @property
+    def best_loss(self) -> float:
+        return self.best_evaluation.loss
+
+    @property
+    def gain(self) -> Difference:
+        """How far the kept vectors lower the fixed loss below the initializer's."""
+        return gain(self.evaluations, self.best_evaluation)
 
 
-NUMBERS = tuple(item.name for item in fields(Progress) if item.name != "best")
+NUMBERS = ("loss", "step", "best_step", "released", "flat", "agreement")
 
 
 @dataclass
@@ -49,65 +73,38 @@ class TrainState:
     optimizer: Optimizer
     ema: TrainedTokens
     """The averaged vectors of ``tokens``."""
+    agreement: Agreement
     progress: Progress
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors, numbers, lists and dicts only; valid until the next step."""
         return {
             "progress": {name: getattr(self.progress, name) for name in NUMBERS},
+            "evaluations": [vars(evaluation) for evaluation in self.progress.evaluations],
             "best": self.progress.best.vectors,
             "tokens": [embedding.vectors for embedding in self.tokens.embeddings],
             "ema": [embedding.vectors for embedding in self.ema.embeddings],
             "optimizer": self.optimizer.state_dict(),
+            "agreement": self.agreement.state_dict(),
         }
 
     @torch.no_grad()
     def resume(self, saved: dict[str, Any]) -> None:
         """Continues from ``saved``, a ``to_dict`` of the same model, pictures and settings."""
-        saved = _in_current_names(saved)
         for tokens, kept in ((self.tokens, saved["tokens"]), (self.ema, saved["ema"])):
             for embedding, vectors in zip(tokens.embeddings, kept, strict=True):
                 for key, tensor in embedding.vectors.items():
                     tensor.copy_(vectors[key])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.agreement.load_state_dict(saved["agreement"])
         best = Embedding(self.progress.best.trigger, saved["best"], self.progress.best.metadata)
-        self.progress = Progress(best=best, **saved["progress"])
+        evaluations = tuple(Evaluation(**evaluation) for evaluation in saved["evaluations"])
+        self.progress = Progress(best=best, evaluations=evaluations, **saved["progress"])
 
     def is_same_model(self, saved: dict[str, Any]) -> bool:
         """Whether ``saved`` is of this model: on the same pictures and noise it started at the same loss."""
-        initial_loss = _in_current_names(saved)["progress"]["initial_loss"]
+        initial_loss = saved["evaluations"][0]["learned"].mean().item()
         return math.isclose(initial_loss, self.progress.initial_loss, rel_tol=1e-3)
-
-
-# What version 0.1.0 called the numbers and the options of Sphere.
-_NAMES_0_1_0 = {
-    "loss_before": "initial_loss",
-    "loss": "loss",
-    "best_loss": "best_loss",
-    "mark": "last_improved_loss",
-    "number": "step",
-    "best_number": "best_step",
-    "mark_number": "last_improved_step",
-    "measured": "evaluated_step",
-}
-_OPTIONS_0_1_0 = {"pull": "anchor_strength", "together": "shared_update_weight"}
-
-
-def _in_current_names(saved: dict[str, Any]) -> dict[str, Any]:
-    """A ``to_dict`` of this version, from one of this version or of 0.1.0."""
-    if "progress" in saved:
-        return saved
-    optimizer = saved["optimizer"]
-    groups = [
-        {_OPTIONS_0_1_0.get(name, name): value for name, value in group.items()} for group in optimizer["param_groups"]
-    ]
-    return {
-        "progress": {ours: saved[theirs] for theirs, ours in _NAMES_0_1_0.items()},
-        "best": saved["best"],
-        "tokens": saved["words"],
-        "ema": saved["average"],
-        "optimizer": {**optimizer, "param_groups": groups},
-    }
 
 
 def save_state(path: Path, content: dict[str, Any]) -> None:
@@ -126,6 +123,9 @@ def load_state(path: Path) -> dict[str, Any] | None:
         return None
 
 
+RECIPE = 2  # counts changes of training that make an older unfinished run another run
+
+
 def saved_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings of a run by the names they have on disk, which no later version changes."""
     names, settings = saved_names(TrainConfig), asdict(config) | {"learning_rate": learning_rate(config)}
@@ -133,8 +133,15 @@ def saved_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def fingerprint(config: TrainConfig, texts: Iterable[str], tensors: Iterable[Tensor]) -> str:
-    """The same for the same settings, captions, pictures, masks and start, in every process and version."""
-    digest = hashlib.sha256(json.dumps([saved_settings(config), list(texts)]).encode())
+    """The same for the same settings, captions, pictures, masks and start, in every process.
+
+    The number of steps counts only where the learning rate depends on it: otherwise a run that has reached it goes
+    on where it is raised.
+    """
+    settings = saved_settings(config)
+    if config.schedule != "cosine":
+        del settings["steps"]
+    digest = hashlib.sha256(json.dumps([RECIPE, settings, list(texts)]).encode())
     for tensor in tensors:
         digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

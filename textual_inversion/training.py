@@ -1,7 +1,7 @@
 """The only training loop."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -10,18 +10,34 @@ from typing import Any
 import torch
 
 from .adapters.protocol import TrainableModel
+from .agreement import Agreement
 from .config import TrainConfig
-from .dataset import Batch, Dataset, fixed_batches, training_batches
+from .dataset import Batch, Dataset, training_batches
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
+from .evaluation import Difference, Evaluator, fairest, flat, settled
 from .image_tokens import TrainedTokens, new_image_tokens
 from .memory import enable_checkpointing_if_needed
-from .objective import batch_loss, mean_loss
+from .objective import batch_loss
 from .optimizers import OPTIMIZERS, learning_rate, make_optimizer
 from .state import Progress, TrainState
 
-# Improvements of the fixed loss by less than this share are ignored: held-out pictures do not show them.
-IMPROVEMENT = 0.01
+# The default schedule, in steps and shares (docs/method.md).
+DECAY_STEPS = 10  # the rate falls as 1 / sqrt(1 + steps / DECAY_STEPS)
+AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agreement
+SETTLED_IMAGE_RATE = 0.3  # of the per-image tokens' rate, once the embedding moves
+LONGEST_WAIT = 80  # steps that the embedding waits for the per-image tokens, if its gradients are clear
+LONGEST_WAIT_SHARE = 1 / 4  # of all steps, where they are few
+AVERAGED_SHARE = 1 / 3  # of the run, its end
+
+AGREEMENT_STEPS = 50  # within which the agreement is taken where it is highest: later there is less to learn
+
+# Before it may end by itself, the steps in which what the gradients agree on comes to several times their noise:
+# the mean of n gradients has n x agreement / (1 - agreement) times as much of it as of noise, in squares.
+SIGNAL_TO_NOISE = 20
+WAIT_SIGNAL_TO_NOISE = 4  # the same for the wait
+MOST_STEPS_WITHOUT_GAIN = 1000
+LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
 
 
 @dataclass(frozen=True)
@@ -62,13 +78,13 @@ def train(
     dataset: Dataset,
     config: TrainConfig,
     saved: dict[str, Any] | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step, bool | None, None]:
     """Learns v* = argmin E ||eps - eps_theta(z_t, t, c_theta(y))||^2 (arXiv 2208.01618, equation 2).
 
     Yields after every optimizer step and changes ``embedding`` (see ``Embedding.trainable``) in
-    place; the model is not changed. The caller decides what to show, what to keep and when to stop.
-    By itself the loop ends after ``config.steps``, or after ``config.patience`` evaluations without
-    an improvement.
+    place; the model is not changed. The caller decides what to show, what to keep and when to stop:
+    ``send(True)`` gives the last step, evaluated, so that nothing learned since the last evaluation is lost.
+    By itself the loop ends when there is nothing more to learn (``finished``), or after ``config.steps``.
 
     ``saved`` is the ``TrainState.to_dict`` of an earlier run with the same pictures and settings:
     training resumes there, on a CPU bit for bit. The state of another model is ignored; the number
@@ -81,98 +97,162 @@ def train(
     """
     generator = torch.Generator().manual_seed(config.seed)
     batches = training_batches(dataset, config, generator)
-    fixed = fixed_batches(dataset, config)
     image_tokens = new_image_tokens(model.vocabularies(), dataset.image_triggers, embedding, config.per_image_tokens)
     tokens = TrainedTokens(embedding, image_tokens)
     _check_prompts(model, tokens, dataset)
     optimizer = make_optimizer(tokens, config)
-    enable_checkpointing_if_needed(model, tokens.embeddings, fixed, config.batch_size)
+    evaluator = Evaluator(model, tokens, dataset, config)
+    enable_checkpointing_if_needed(model, tokens.embeddings, evaluator.block(0), config.batch_size)
 
-    state = _initial_state(model, tokens, optimizer, fixed)
-    fixed_loss = state.progress.initial_loss
+    state = _initial_state(tokens, optimizer, evaluator, config)
     if saved and state.is_same_model(saved):
         state.resume(saved)
         for _ in range(state.progress.step * config.accumulation):  # the random numbers of the steps already done
             next(batches)
-        fixed_loss = _evaluate_if_due(model, state, fixed, config)
-    yield Step(state.progress, 0.0, fixed_loss, state)
+    fixed_loss = _evaluate_if_due(state, evaluator, config) if state.progress.step else state.progress.initial_loss
+    stop = yield Step(state.progress, 0.0, fixed_loss, state)
 
-    while state.progress.step < config.steps and not _out_of_patience(state.progress, config):
+    while not stop and state.progress.step < config.steps and not finished(state.progress, config):
         number = state.progress.step + 1
         drawn = list(islice(batches, config.accumulation))
         loss = _compute_gradients(model, tokens, drawn, number)
         _check_gradients(model, tokens, drawn[0], loss, number)
-        rate = learning_rate(config) * learning_rate_factor(number - 1, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        state.agreement.add([vectors.grad for vectors in tokens.concept.parameters() if vectors.grad is not None])
+        rate = _set_rates(optimizer, state, config)
         # No interruption point before the progress is set: a saved state must be consistent.
         optimizer.step()
         optimizer.zero_grad()
-        # At first a plain mean, so that the start does not outweigh the steps.
-        decay = min(config.averaging, 1 - 1 / number)
-        update_ema(state.ema, tokens, decay, OPTIMIZERS[config.optimizer].keeps_length)
+        _update_averages(state, number, config)
         state.progress = replace(state.progress, step=number, loss=loss)
-        fixed_loss = _evaluate_if_due(model, state, fixed, config)
-        yield Step(state.progress, rate, fixed_loss, state)
+        fixed_loss = _evaluate_if_due(state, evaluator, config)
+        stop = yield Step(state.progress, rate, fixed_loss, state)
+
+    if stop:
+        fixed_loss = (
+            _evaluate(state, evaluator, config) if state.progress.evaluations[-1].step < state.progress.step else None
+        )
+        yield Step(state.progress, 0.0, fixed_loss, state)
+
+
+def finished(progress: Progress, config: TrainConfig) -> bool:
+    """Whether there is nothing more to learn: no progress in ``patience`` evaluations and steps enough to see it."""
+    return 0 < config.patience <= progress.flat and progress.step >= earliest_end(progress, config)
+
+
+def earliest_end(progress: Progress, config: TrainConfig) -> int:
+    """The step after which training may end by itself, as far as it is known now.
+
+    Until the gain can be told from chance it takes five times as many steps.
+    """
+    if config.patience == 0:
+        return config.steps
+    enough = SIGNAL_TO_NOISE / max(progress.agreement, LEAST_AGREEMENT)
+    if progress.flat and not progress.gain.certain:
+        enough = max(enough, min(5 * enough, MOST_STEPS_WITHOUT_GAIN))
+    released = progress.step if progress.released is None else progress.released
+    return min(config.steps, released + math.ceil(enough))
 
 
 def _initial_state(
-    model: TrainableModel, tokens: TrainedTokens, optimizer: torch.optim.Optimizer, fixed: Sequence[Batch]
+    tokens: TrainedTokens, optimizer: torch.optim.Optimizer, evaluator: Evaluator, config: TrainConfig
 ) -> TrainState:
     ema = tokens.snapshot()
-    loss = mean_loss(model, tokens.embeddings, fixed)
-    if not math.isfinite(loss):
+    longest_wait = min(LONGEST_WAIT, config.steps * LONGEST_WAIT_SHARE)
+    waits = bool(tokens.per_image) and longest_wait >= config.evaluate_every
+    first = evaluator.evaluate(0, ema, (), released=not waits)
+    if not math.isfinite(first.loss):
         raise TrainingError(
             "The loss is not a number before the first step: this model or VAE overflows in its "
             "precision. Try a bf16 or fp32 model, or a VAE that works in fp16."
         )
-    return TrainState(tokens, optimizer, ema, Progress(loss, loss, ema.concept.snapshot(), loss, loss))
+    progress = Progress(first.loss, ema.concept.snapshot(), (first,), released=None if waits else 0)
+    return TrainState(tokens, optimizer, ema, Agreement(), progress)
 
 
-def _evaluate_if_due(
-    model: TrainableModel, state: TrainState, fixed: Sequence[Batch], config: TrainConfig
-) -> float | None:
-    """The loss of the averaged vectors on fixed noise, where it is due and not known yet."""
-    progress = state.progress
-    due = progress.step % config.evaluate_every == 0 or progress.step == config.steps
-    if not due or progress.evaluated_step == progress.step:
-        return None
-    loss = mean_loss(model, state.ema.embeddings, fixed)
-    changes: dict[str, Any] = {"evaluated_step": progress.step}
-    if loss < progress.best_loss:
-        changes |= {"best": state.ema.concept.snapshot(), "best_step": progress.step, "best_loss": loss}
-    if loss < progress.last_improved_loss * (1 - IMPROVEMENT):
-        changes |= {"last_improved_loss": loss, "last_improved_step": progress.step}
-    state.progress = replace(progress, **changes)
-    return loss
+def _evaluate_if_due(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> float | None:
+    step, released = state.progress.step, state.progress.released is not None
+    apart = step - state.progress.evaluated_step
+    if apart and (apart >= evaluator.steps_apart(step, released) or step == config.steps):
+        return _evaluate(state, evaluator, config)
+    return None
 
 
-def _out_of_patience(progress: Progress, config: TrainConfig) -> bool:
-    evaluations_without_improvement = (progress.step - progress.last_improved_step) // config.evaluate_every
-    return config.patience > 0 and evaluations_without_improvement >= config.patience
+def _evaluate(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> float:
+    """The fixed loss of the averaged vectors. Decides what is kept, and when the embedding begins to move."""
+    progress, ema, released = state.progress, state.ema, state.progress.released
+    last = evaluator.evaluate(progress.step, ema, progress.evaluations, released is not None)
+    progress = replace(progress, evaluations=(*progress.evaluations, last))
+    if progress.step <= AGREEMENT_STEPS:
+        progress = replace(progress, agreement=max(progress.agreement, state.agreement.value))
+    if released is None:
+        progress = replace(progress, best_step=last.step)
+        least = WAIT_SIGNAL_TO_NOISE / max(progress.agreement, LEAST_AGREEMENT)
+        longest = min(max(least, LONGEST_WAIT), config.steps * LONGEST_WAIT_SHARE)
+        if progress.step >= longest or (progress.step >= least and settled(progress.evaluations)):
+            progress = replace(progress, released=progress.step)
+    else:
+        # A running mean gets better with every step, so the latest one is kept unless it is surely worse than the
+        # one before, or than the initializer.
+        worse = Difference.of(last.learned, progress.best_evaluation.learned).certain
+        useless = Difference.of(last.learned, fairest(progress.evaluations).initial).certain
+        if not (worse or useless):
+            progress = replace(progress, best=ema.concept.snapshot(), best_step=last.step)
+        is_flat = worse or flat(progress.evaluations, released)
+        progress = replace(progress, flat=progress.flat + 1 if is_flat else 0)
+    state.progress = progress
+    return last.loss
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> float:
+    """Sets the learning rates of the next step and returns the embedding's."""
+    done, released = state.progress.step, state.progress.released
+    agreement, highest = max(state.agreement.value, LEAST_AGREEMENT), learning_rate(config)
+    concept, *per_image = optimizer.param_groups
+    rate = 0.0 if released is None else highest * learning_rate_factor(done, released, agreement, config)
+    concept["lr"], concept["agreement"] = rate, agreement
+    for group in per_image:
+        factor = learning_rate_factor(done, 0, 1.0, config)
+        group["lr"] = highest * factor * (1.0 if released is None else SETTLED_IMAGE_RATE)
+    return rate
+
+
+def _update_averages(state: TrainState, number: int, config: TrainConfig) -> None:
+    """Moves every running mean; the embedding's begins when the embedding does."""
+    keeps_length, released = OPTIMIZERS[config.optimizer].keeps_length, state.progress.released
+    parts = ((state.ema.concept, state.tokens.concept, number - (released or 0)),)
+    parts += tuple((mean, now, number) for mean, now in zip(state.ema.per_image, state.tokens.per_image, strict=True))
+    for mean, now, steps in parts:
+        weight = max(1 - config.averaging, 1 / (1 + AVERAGED_SHARE * (steps - 1)))
+        update_ema(mean, now, 1 - weight, keeps_length)
 
 
 @torch.no_grad()
-def update_ema(ema: TrainedTokens, tokens: TrainedTokens, decay: float, keep_length: bool) -> None:
-    """Moves the averaged vectors towards the present ones.
+def update_ema(ema: Embedding, embedding: Embedding, decay: float, keep_length: bool) -> None:
+    """Moves the averaged vectors ``ema`` towards the present ones.
 
     The mean of several directions is shorter than each; ``keep_length`` makes it as long as the vectors.
     """
-    for averaged, embedding in zip(ema.embeddings, tokens.embeddings, strict=True):
-        for key, vectors in embedding.vectors.items():
-            mean = averaged.vectors[key]
-            now = vectors.detach().to(mean)
-            mean.lerp_(now, 1 - decay)
-            if keep_length:
-                mean.mul_(now.norm(dim=1, keepdim=True) / mean.norm(dim=1, keepdim=True))
+    for key, vectors in embedding.vectors.items():
+        mean = ema.vectors[key]
+        now = vectors.detach().to(mean)
+        mean.lerp_(now, 1 - decay)
+        if keep_length:
+            mean.mul_(now.norm(dim=1, keepdim=True) / mean.norm(dim=1, keepdim=True))
 
 
-def learning_rate_factor(done: int, config: TrainConfig) -> float:
-    """Factor on the learning rate after ``done`` steps: linear warm-up, then cosine decay to 0, or constant."""
+def learning_rate_factor(done: int, began: int, agreement: float, config: TrainConfig) -> float:
+    """Factor on the learning rate after ``done`` steps, for vectors that began to move after step ``began``.
+
+    After a linear warm-up cosine decay to 0 at the last step, or constant, or automatic: the square root of Ivgi
+    et al. 2023 (DoG, arXiv 2302.12022), whose rate is a distance divided by sqrt(sum |g|^2), here with
+    gradients of length 1 and a distance of about one radian.
+    """
     if done < config.warmup_steps:
         return (done + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
+    if config.schedule == "automatic":
+        return agreement**AGREEMENT_POWER / math.sqrt(1 + (done - began) / DECAY_STEPS)
     progress = (done - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 

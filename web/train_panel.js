@@ -12,16 +12,20 @@ const TEXTS = {
   hint: "The loss and the preview pictures appear here during training.",
   encoding: "Encoding pictures",
   searching: "Searching for the best initializer",
-  learning: "Training: step {step} of {steps}",
+  learning: "Training: step {step} of at most {steps}",
   finishing: "Finishing after {step} steps",
   done: "Done after {step} steps",
   cancelled: "Cancelled at step {step}",
   failed: "Failed at step {step}",
   rate: "{rate} pictures/s",
-  left: "{time} left",
+  left: "at least {time} left",
   hours: "{hours} h {minutes} min",
   minutes: "{minutes} min {seconds} s",
   seconds: "{seconds} s",
+  waiting: "the embedding waits for the per-image tokens",
+  improving: "improving",
+  flat: "no progress in {count} evaluations",
+  flatOnce: "no progress in the last evaluation",
   best: "best at step {step}",
   learningRate: "learning rate {rate}",
   stop: "Stop and keep",
@@ -249,12 +253,13 @@ function leaveToCanvas(root, strip) {
 function stateText({ state, step, steps, rate, seconds_left: secondsLeft }) {
   const parts = [filled(TEXTS[state], { step, steps })];
   if (state === "learning" && rate > 0) parts.push(filled(TEXTS.rate, { rate: rate.toPrecision(3) }));
-  if (state === "learning" && secondsLeft !== null) parts.push(filled(TEXTS.left, { time: duration(secondsLeft) }));
+  if (state === "learning" && secondsLeft > 0) parts.push(filled(TEXTS.left, { time: duration(secondsLeft) }));
   return parts.join(", ");
 }
 
-function detailText({ state, best, learning_rate: rate, fixed }) {
+function detailText({ state, best, learning_rate: rate, fixed, trend, flat }) {
   const parts = [];
+  if (state === "learning") parts.push(filled(TEXTS[trend === "flat" && flat === 1 ? "flatOnce" : trend], { count: flat }));
   if (fixed.length) parts.push(filled(TEXTS.best, { step: best }));
   if (state === "learning" && rate > 0) parts.push(filled(TEXTS.learningRate, { rate: Number(rate.toPrecision(2)) }));
   return parts.join(", ");

@@ -38,9 +38,9 @@ export class LossChart {
     this.plot.onpointerleave = () => this.point(null);
   }
 
-  /** Draws the curves of a run. While it is active, the axis ends at the last planned step. */
-  show({ step, steps, best, losses, fixed }, active) {
-    this.end = Math.max(1, active ? steps : step);
+  /** Draws the curves of a run. While it is active, the axis ends where the run may end. */
+  show({ step, planned, best, losses, fixed }, active) {
+    this.end = Math.max(1, active ? planned : step);
     this.curves = { training: smoothed(losses, SMOOTHING * this.end), fixed };
     const shown = [...this.curves.training, ...fixed].map(([, loss]) => loss);
     this.max = Math.max(...shown);

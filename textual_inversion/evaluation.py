@@ -1,0 +1,146 @@
+"""Progress on fixed noise: what is kept, and whether there is more to learn.
+
+Every evaluation has the same pictures, prompts, noise and noise levels, so that two of them are compared row by
+row: the mean of the paired differences is told from chance by their standard error, where the losses themselves
+differ by many times as much from row to row.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .adapters.protocol import TrainableModel
+from .config import TrainConfig
+from .dataset import Batch, Dataset, fixed_batches
+from .image_tokens import TrainedTokens
+from .objective import fixed_losses
+
+CERTAIN = 2.0  # standard errors
+SETTLED = 0.1  # the last stretch lowered the loss by less than this share of the whole fall
+FLAT = 0.15  # the second half of the run brought less than this share of what the word is worth
+SHARE = 0.12  # of the work of training that evaluations take in a long run
+FORWARD_ROWS = 3  # evaluated in the time that one row takes in training, which has a backward pass
+MOST_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses of the fixed rows after ``step`` steps, (rows,) each. A later evaluation has the same rows or more."""
+
+    step: int
+    initial: Tensor
+    """With the initializer's vectors beside the averaged per-image tokens."""
+    learned: Tensor
+    """With the averaged vectors beside the same tokens."""
+
+    @property
+    def loss(self) -> float:
+        return self.learned.mean().item()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences, and its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, larger: Tensor, smaller: Tensor) -> "Difference":
+        rows = min(len(larger), len(smaller))
+        difference = larger[:rows] - smaller[:rows]
+        error = difference.std().item() / math.sqrt(rows) if rows > 1 else math.inf
+        return cls(difference.mean().item(), error)
+
+    @property
+    def certain(self) -> bool:
+        """Whether it is more than nothing, and not by chance."""
+        return self.mean > CERTAIN * self.error
+
+
+def fairest(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation in which the initializer did best, with the per-image tokens it had then.
+
+    Beside the tokens of a later step it would look bad once they have left to the embedding what every picture
+    shows, such as a background.
+    """
+    rows = min(len(evaluation.initial) for evaluation in evaluations)
+    return min(evaluations, key=lambda evaluation: evaluation.initial[:rows].mean().item())
+
+
+def gain(evaluations: Sequence[Evaluation], at: Evaluation) -> Difference:
+    """How far the embedding of ``at`` lowers the loss below the initializer's at its best."""
+    return Difference.of(fairest(evaluations).initial, at.learned)
+
+
+def settled(evaluations: Sequence[Evaluation]) -> bool:
+    """Whether the per-image tokens have found their place: the last stretch surely brought little."""
+    if len(evaluations) < 3:
+        return False
+    first, before, last = evaluations[0], evaluations[-2], evaluations[-1]
+    whole = Difference.of(first.initial, last.initial).mean
+    recent = Difference.of(before.initial, last.initial)
+    return recent.mean + CERTAIN * recent.error < SETTLED * whole
+
+
+def flat(evaluations: Sequence[Evaluation], released: int) -> bool:
+    """Whether the second half of the run since step ``released`` added little to what the embedding is worth.
+
+    Progress is a lower loss, and a larger distance to the initializer beside the same per-image tokens: while only
+    one of them grows, the tokens learn, or hand over to the embedding what they had learned.
+    """
+    last = evaluations[-1]
+    middle = released + (last.step - released) / 2
+    half = max((e for e in evaluations if e.step <= middle), key=lambda e: e.step)
+    rows = len(half.learned)
+    lower = Difference.of(half.learned, last.learned).mean
+    apart = Difference.of(last.initial[:rows] - last.learned[:rows], half.initial - half.learned).mean
+    return min(lower, apart) < FLAT * gain(evaluations, last).mean
+
+
+class Evaluator:
+    """Evaluates averaged vectors on fixed rows; the further apart the evaluations, the more rows."""
+
+    def __init__(self, model: TrainableModel, tokens: TrainedTokens, dataset: Dataset, config: TrainConfig) -> None:
+        self.model, self.initial, self.dataset, self.config = model, tokens.concept.snapshot(), dataset, config
+        self._blocks: dict[int, list[Batch]] = {}
+        self._initial_losses: dict[int, Tensor] = {}  # by block, where there are no per-image tokens beside them
+
+    def block(self, number: int) -> list[Batch]:
+        """About 16 rows."""
+        if number not in self._blocks:
+            self._blocks[number] = fixed_batches(self.dataset, self.config, block=number)
+        return self._blocks[number]
+
+    def steps_apart(self, step: int, released: bool) -> int:
+        """A sixth of the run, but at least ``evaluate_every`` steps for each pass that an evaluation needs."""
+        passes = 2 if released and any(self.dataset.image_triggers) else 1
+        return max(passes * self.config.evaluate_every, step // 6)
+
+    def evaluate(self, step: int, tokens: TrainedTokens, before: Sequence[Evaluation], released: bool) -> Evaluation:
+        """``tokens`` are the averaged vectors; before they are ``released`` the concept's are the initializer's.
+
+        Twice the rows where the evaluations ``before`` cannot tell the gain from chance.
+        """
+        rows = sum(len(batch.prompts) for batch in self.block(0))
+        passes = 2 if released and tokens.per_image else 1
+        count = 1
+        if before:
+            pictures = (step - before[-1].step) * self.config.batch_size * self.config.accumulation
+            share = SHARE if gain(before, before[-1]).certain else 2 * SHARE
+            count = min(MOST_BLOCKS, max(1, int(share * pictures * FORWARD_ROWS / (rows * passes))))
+        learned = torch.cat([fixed_losses(self.model, tokens.embeddings, self.block(n)) for n in range(count)])
+        if not released:
+            return Evaluation(step, learned, learned)
+        return Evaluation(step, torch.cat([self._initial(tokens, n) for n in range(count)]), learned)
+
+    def _initial(self, tokens: TrainedTokens, number: int) -> Tensor:
+        if tokens.per_image:
+            beside = replace(tokens, concept=self.initial)
+            return fixed_losses(self.model, beside.embeddings, self.block(number))
+        if number not in self._initial_losses:
+            self._initial_losses[number] = fixed_losses(self.model, [self.initial], self.block(number))
+        return self._initial_losses[number]
