@@ -20,7 +20,7 @@ from .objective import fixed_losses
 
 CERTAIN = 2.0  # standard errors
 SETTLED = 0.1  # the last stretch lowered the loss by less than this share of the whole fall
-FLAT = 0.15  # the second half of the run brought less than this share of what the word is worth
+FLAT = 0.2  # the second half of the run brought less than this share of what the word is worth
 SHARE = 0.12  # of the work of training that evaluations take in a long run
 FORWARD_ROWS = 3  # evaluated in the time that one row takes in training, which has a backward pass
 MOST_BLOCKS = 8
@@ -89,8 +89,9 @@ def settled(evaluations: Sequence[Evaluation]) -> bool:
 def flat(evaluations: Sequence[Evaluation], released: int) -> bool:
     """Whether the second half of the run since step ``released`` added little to what the embedding is worth.
 
-    Progress is a lower loss, and a larger distance to the initializer beside the same per-image tokens: while only
-    one of them grows, the tokens learn, or hand over to the embedding what they had learned.
+    Progress is a lower loss, and a larger distance to the initializer beside the same per-image tokens. With only
+    the first the tokens learn, not the embedding. And where the initializer gets worse beside them, they hand over
+    to the embedding what they had learned, such as a background.
     """
     last = evaluations[-1]
     middle = released + (last.step - released) / 2
@@ -98,7 +99,8 @@ def flat(evaluations: Sequence[Evaluation], released: int) -> bool:
     rows = len(half.learned)
     lower = Difference.of(half.learned, last.learned).mean
     apart = Difference.of(last.initial[:rows] - last.learned[:rows], half.initial - half.learned).mean
-    return min(lower, apart) < FLAT * gain(evaluations, last).mean
+    handing_over = Difference.of(last.initial, half.initial).certain
+    return handing_over or min(lower, apart) < FLAT * gain(evaluations, last).mean
 
 
 class Evaluator:

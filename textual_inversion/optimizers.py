@@ -118,6 +118,8 @@ class Sphere(torch.optim.Optimizer):
             if group["shared_update_weight"] and updates:
                 shared = group["shared_update_weight"] * sum(updates.values()) / len(updates)
                 updates = {vectors: updates.get(vectors, 0) + shared for vectors in group["params"]}
+            if group["lr"] == 0:  # not even rounded
+                continue
             for vectors, update in updates.items():
                 length, direction = _polar(vectors)
                 rotated = direction + group["lr"] * _tangent(update, direction)

@@ -1,0 +1,196 @@
+"""How a run tells whether it learns: agreement of gradients, paired evaluations, what is kept, and when it ends."""
+
+import pytest
+import torch
+from scipy.stats import sem
+
+from textual_inversion import TrainConfig, initial_embedding, train
+from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.agreement import Agreement, in_words
+from textual_inversion.dataset import make_dataset
+from textual_inversion.evaluation import CERTAIN, Difference, Evaluation, fairest, flat, gain, settled
+from textual_inversion.report import report, what_was_learned, why_it_ended
+from textual_inversion.state import fingerprint
+
+ROWS = 16
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.05, 0.0])
+def test_agreement_is_the_cosine_of_independent_gradients(share):
+    """Gradients of a known mean in known noise: E[g g'] / E[|g|^2] is the mean's share of the square length."""
+    generator, width, estimates = torch.Generator().manual_seed(0), 96, []
+    for _ in range(20):
+        agreement = Agreement()
+        for _ in range(50):
+            noise = torch.randn(1, width, generator=generator) * ((1 - share) / width) ** 0.5
+            agreement.add([noise + torch.eye(width)[:1] * share**0.5])
+        pairs = agreement.mean.square().sum().item() - agreement.weights * agreement.square
+        estimates.append(pairs / (1 - agreement.weights) / agreement.square)
+        if pairs > 0:
+            assert agreement.value == pytest.approx(estimates[-1], abs=1e-4)
+    assert sum(estimates) / len(estimates) == pytest.approx(share, abs=0.012)
+
+
+def test_agreement_follows_gradients_that_turn():
+    agreement, generator = Agreement(), torch.Generator().manual_seed(0)
+    for _ in range(50):
+        agreement.add([torch.eye(48)[:1]])
+    assert agreement.value == pytest.approx(1, abs=1e-4)
+    for _ in range(200):
+        agreement.add([torch.randn(1, 48, generator=generator)])
+    assert in_words(agreement.value) == "very noisy"
+
+
+def test_nothing_is_known_of_one_gradient():
+    agreement = Agreement()
+    agreement.add([torch.ones(1, 4)])
+    assert agreement.value == 1
+
+
+def evaluation(step: int, learned: float, initial: float = 1.0, noise: float = 0.0, rows: int = ROWS) -> Evaluation:
+    """Losses around these means: rows differ by far more than the vectors do, and noise is the evaluation's own."""
+    of_rows = torch.linspace(0.1, 10, rows)
+    own = noise * (-1.0) ** (torch.arange(rows) + step // 10)
+    return Evaluation(step, of_rows + initial, of_rows + learned + own)
+
+
+def test_paired_differences_see_what_the_losses_hide():
+    before, after = evaluation(0, 1.0), evaluation(10, 0.97, noise=0.01)
+    paired = Difference.of(before.learned, after.learned)
+    assert paired.error == pytest.approx(sem((before.learned - after.learned).numpy()))
+    assert paired.certain
+    assert before.learned.std() / ROWS**0.5 > 10 * paired.mean, "unpaired, it would be chance"
+    assert not Difference.of(after.learned, before.learned).certain
+    assert not Difference.of(before.learned, evaluation(20, 1.0, noise=0.5).learned).certain
+
+
+def test_evaluations_with_more_rows_are_compared_on_the_same():
+    few, many = evaluation(0, 1.0, rows=16), evaluation(10, 0.5, rows=16)
+    longer = Evaluation(
+        10, torch.cat([many.initial, torch.full((16,), 99.0)]), torch.cat([many.learned, torch.ones(16)])
+    )
+    assert Difference.of(few.learned, longer.learned) == Difference.of(few.learned, many.learned)
+    assert fairest([few, longer]) is few
+
+
+def test_embedding_that_took_in_the_background_does_not_look_good():
+    """The per-image tokens hand the background over: beside them the initializer gets worse, and nothing is gained."""
+    honest, fooled = evaluation(20, 0.50, initial=0.52), evaluation(60, 0.48, initial=2.0)
+    found = gain([evaluation(0, 3.0, initial=3.0), honest, fooled], fooled)
+    assert found.mean == pytest.approx(0.04, abs=1e-4)
+
+
+def waiting(*losses: float, noise: float = 0.0) -> list[Evaluation]:
+    evaluations = [evaluation(10 * number, loss, loss, noise) for number, loss in enumerate(losses)]
+    return [Evaluation(e.step, e.learned, e.learned) for e in evaluations]
+
+
+def test_image_tokens_have_settled_when_the_loss_surely_no_longer_falls():
+    assert settled(waiting(1.0, 0.2, 0.19))
+    assert not settled(waiting(1.0, 0.2))
+    assert not settled(waiting(1.0, 0.6, 0.3))
+    assert not settled(waiting(1.0, 0.2, 0.19, noise=0.5)), "it may be chance that it fell no more"
+
+
+def test_progress_is_a_lower_loss_and_a_better_word():
+    steps = range(0, 100, 10)
+    improving = [evaluation(step, 1 - step / 200) for step in steps]
+    assert not flat(improving, 0)
+    assert flat([evaluation(step, 1 - min(step, 40) / 200) for step in steps], 0)
+    tokens_learn = [evaluation(step, 0.8 - step / 200, 1 - step / 200) for step in steps]
+    assert flat(tokens_learn, 0)
+    tokens_hand_over = [evaluation(step, 0.8, 1 + step / 200) for step in steps]
+    assert flat(tokens_hand_over, 0)
+
+
+# Whole runs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trainable(graph, pictures):
+    """``run(config, captions)``: model, dataset, start and the steps, inside training."""
+    model = ComfyModel(*graph)
+
+    def start(config, captions=()):
+        dataset = make_dataset(model.encode_images, pictures(2), [], captions, config)
+        embedding = initial_embedding(trained.vocabularies(), "S*", "toy", 1)
+        return dataset, embedding, train(trained, embedding.trainable(), dataset, config)
+
+    with model.training() as trained:
+        yield trained, start
+
+
+def test_run_without_progress_ends_by_itself_and_says_so(trainable):
+    model, start = trainable
+    config = TrainConfig(learning_rate=1e-6, steps=500, evaluate_every=2, batch_size=1)
+    dataset, embedding, steps = start(config, ["a photo of {}"])
+    *_, last = steps
+    assert last.number < 500
+    assert not last.progress.gain.mean > 0.01 * last.progress.initial_loss
+    text = report(model, dataset, config, embedding, last, "'toy'")
+    assert "Ended: no measurable progress." in text
+    assert "Gradients at the start: " in text
+
+
+def test_vectors_that_are_surely_worse_than_the_initializer_are_not_kept(trainable):
+    _, start = trainable
+    config = TrainConfig(
+        optimizer="adamw", schedule="constant", learning_rate=1.0, averaging=0, steps=12, evaluate_every=2, patience=0
+    )
+    *_, last = start(config, ["a photo of {}"])[2]
+    progress = last.progress
+    losses = {e.step: Difference.of(e.learned, progress.evaluations[0].initial) for e in progress.evaluations}
+    assert any(worse.certain for worse in losses.values()), "the test must make it worse"
+    assert not losses[last.best_step].certain
+
+
+def test_embedding_waits_for_the_image_tokens(trainable):
+    _, start = trainable
+    config = TrainConfig(steps=60, evaluate_every=5, batch_size=2, patience=0)
+    _, embedding, steps = start(config)
+    moved, before = [], {key: vectors.clone() for key, vectors in embedding.vectors.items()}
+    for step in steps:
+        now = step.state.tokens.concept.vectors
+        moved.append(any(not torch.equal(now[key].detach(), before[key]) for key in now))
+        tokens = step.state.tokens.per_image
+    released = step.progress.released
+    assert 0 < released <= 15 + 5
+    assert moved == [number > released for number in range(61)]
+    assert len(tokens) == 2
+
+
+def test_embedding_does_not_wait_where_every_picture_has_a_caption_or_steps_are_few(trainable):
+    _, start = trainable
+    for config, captions in ((TrainConfig(steps=100), ["a photo of {}"]), (TrainConfig(steps=8), ())):
+        assert next(start(config, captions)[2]).progress.released == 0
+
+
+def test_stopping_keeps_what_was_learned_since_the_last_evaluation(trainable):
+    _, start = trainable
+    _, _, steps = start(TrainConfig(steps=100, evaluate_every=50, batch_size=1), ["a photo of {}"])
+    for step in steps:
+        if step.number == 7:
+            last = steps.send(True)
+            break
+    assert (last.number, last.progress.evaluated_step, last.best_step) == (7, 7, 7)
+    assert last.fixed_loss == last.best_loss
+    assert next(steps, None) is None
+
+
+def test_report_tells_chance_from_learning_and_how_it_ended(trainable):
+    _, start = trainable
+    config = TrainConfig(steps=4, evaluate_every=2, batch_size=1)
+    *_, last = start(config, ["a photo of {}"])[2]
+    progress = last.progress
+    assert ("Nothing was measurably learned" in what_was_learned(progress, "'toy'")) == (not progress.gain.certain)
+    assert progress.gain.certain == (progress.gain.mean > CERTAIN * progress.gain.error)
+    assert "All 4 steps are done" in why_it_ended(progress, config)
+    assert ("raise steps and run again" in why_it_ended(progress, config)) == (progress.flat == 0)
+
+
+def test_more_steps_resume_the_same_run_where_the_rate_does_not_depend_on_them():
+    def of(**settings) -> str:
+        return fingerprint(TrainConfig(**settings), [], [])
+
+    assert of(steps=100) == of(steps=200) != of(steps=200, seed=1)
+    assert of(steps=100, schedule="cosine") != of(steps=200, schedule="cosine")
