@@ -21,6 +21,7 @@ from .objective import fixed_losses
 CERTAIN = 2.0  # standard errors
 SETTLED = 0.1  # the last stretch lowered the loss by less than this share of the whole fall
 FLAT = 0.2  # the second half of the run brought less than this share of what the word is worth
+NEGLIGIBLE = 1e-4  # of the loss
 SHARE = 0.12  # of the work of training that evaluations take in a long run
 FORWARD_ROWS = 3  # evaluated in the time that one row takes in training, which has a backward pass
 MOST_BLOCKS = 8
@@ -100,7 +101,8 @@ def flat(evaluations: Sequence[Evaluation], released: int) -> bool:
     lower = Difference.of(half.learned, last.learned).mean
     apart = Difference.of(last.initial[:rows] - last.learned[:rows], half.initial - half.learned).mean
     handing_over = Difference.of(last.initial, half.initial).certain
-    return handing_over or min(lower, apart) < FLAT * gain(evaluations, last).mean
+    enough = max(FLAT * gain(evaluations, last).mean, NEGLIGIBLE * last.loss)
+    return handing_over or min(lower, apart) < enough
 
 
 class Evaluator:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .adapters.protocol import TrainableModel
-from .agreement import Agreement
+from .agreement import CLEAR, Agreement
 from .config import TrainConfig
 from .dataset import Batch, Dataset, training_batches
 from .embedding import Embedding
@@ -26,6 +26,8 @@ from .state import Progress, TrainState
 DECAY_STEPS = 10  # the rate falls as 1 / sqrt(1 + steps / DECAY_STEPS)
 AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agreement
 SETTLED_IMAGE_RATE = 0.3  # of the per-image tokens' rate, once the embedding moves
+# An object's embedding waits for the per-image tokens only while its gradients are noisy. Clear ones separate the two
+# anyway, and tokens alone begin to explain what all pictures have in common; those of a style have another part.
 LONGEST_WAIT = 80  # steps that the embedding waits for the per-image tokens, if its gradients are clear
 LONGEST_WAIT_SHARE = 1 / 4  # of all steps, where they are few
 AVERAGED_SHARE = 1 / 3  # of the run, its end
@@ -188,7 +190,8 @@ def _evaluate(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> f
         progress = replace(progress, best_step=last.step)
         least = WAIT_SIGNAL_TO_NOISE / max(progress.agreement, LEAST_AGREEMENT)
         longest = min(max(least, LONGEST_WAIT), config.steps * LONGEST_WAIT_SHARE)
-        if progress.step >= longest or (progress.step >= least and settled(progress.evaluations)):
+        clear = progress.agreement >= CLEAR and config.kind != "style"
+        if clear or progress.step >= longest or (progress.step >= least and settled(progress.evaluations)):
             progress = replace(progress, released=progress.step)
     else:
         # A running mean gets better with every step, so the latest one is kept unless it is surely worse than the
