@@ -28,7 +28,7 @@ from ..textual_inversion.dataset import Dataset
 from ..textual_inversion.initializer import with_initializer
 from ..textual_inversion.prompts import place_trigger
 from ..textual_inversion.report import learned_embedding, report
-from ..textual_inversion.training import earliest_end, finished
+from ..textual_inversion.training import earliest_end, still_improving
 from .files import embeddings_folder, temporary_folder
 from .live import LiveRun, thinned
 from .state_file import StateFile
@@ -74,7 +74,7 @@ def run_training(model: ComfyModel, dataset: Dataset, request: Request, live: Li
         text += "\nembedding:NAME does not work with this text encoder: use Load Embedding and Apply Embedding."
     run.draw(model, learned, last.number)
     state_file.remove()
-    if last.number == config.steps and not finished(last.progress, config):
+    if still_improving(last.progress, config):
         run.save(last)  # with more steps it goes on from here
     text += f"\n{time.perf_counter() - began:.0f} s, previews included."
     return Result(learned, text, run.losses, run.pictures)
@@ -174,27 +174,24 @@ class TrainingRun:
         self.send_progress(step)
         if step.number and step.number % SAVE_EVERY == 0:
             self.save(step)
-        progress.update_absolute(step.number, self.planned(step))
+        progress.update_absolute(step.number, max(step.number + 1, earliest_end(step.progress, self.config)))
 
     def send_progress(self, step: Step) -> None:
         """Sends everything about the run to the panel."""
+        planned = earliest_end(step.progress, self.config)
         self.live.tell(
             "learning",
             step=step.number,
             learning_rate=step.learning_rate,
             rate=self.config.batch_size * self.config.accumulation / self.seconds if self.seconds else 0.0,
-            planned=self.planned(step),
-            seconds_left=(self.planned(step) - step.number) * self.seconds if self.seconds else None,
+            planned=planned,
+            seconds_left=(planned - step.number) * self.seconds if self.seconds else None,
             trend="waiting" if step.progress.released is None else "flat" if step.progress.flat else "improving",
             flat=step.progress.flat,
             best=step.best_step,
             losses=thinned(self.losses),
             fixed=self.fixed,
         )
-
-    def planned(self, step: Step) -> int:
-        """The step at which training may end, as far as it is known now: later while it is still improving."""
-        return min(self.config.steps, max(earliest_end(step.progress, self.config), step.number + 1))
 
     def take_preview_request(self) -> bool:
         """Whether the button *Preview now* was pressed since the last call."""

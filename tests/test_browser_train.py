@@ -137,10 +137,12 @@ def test_a_restart_of_the_server_ends_the_run_shown(page):
     panel = show(page)
     record = {"run": "lost", "workflow": workflow, "node": TRAIN, "state": "learning", "message": "", "step": 1}
     record |= {"steps": 9, "learning_rate": 0.1, "rate": 1.0, "seconds_left": None, "best": 0}
+    record |= {"planned": 9, "trend": "improving", "flat": 0}
     record |= {"losses": [[0, 0.2], [1, 0.1]], "fixed": [[0, 0.2]], "pictures": []}
     send = "([type, data]) => comfyAPI.api.api.dispatchCustomEvent(type, data)"
     page.evaluate(send, ["textual_inversion.run", record])
-    expect(run(panel, "learning")).to_contain_text("step 1 of 9")
+    expect(run(panel, "learning")).to_contain_text("step 1 of at most 9, 1.00 pictures/s")
+    expect(run(panel, "learning")).to_contain_text("improving")
 
     panel.get_by_role("button", name="Preview now").click()
     expect(page.get_by_text("The run may have ended.")).to_be_visible()

@@ -38,7 +38,7 @@ def test_killed_run_goes_on_bit_for_bit(mortal, reference):
 def test_changed_settings_start_over(mortal, reference):
     kill_at(mortal, 12, workflow="w")
     changed, message = learned(mortal, seed=1, workflow="w")
-    assert message == "Started over: settings or pictures changed since the unfinished run."
+    assert message == "Started over: settings, pictures or the node pack changed since the unfinished run."
     assert changed != reference
     assert not states(mortal)
 

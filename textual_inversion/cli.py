@@ -23,7 +23,7 @@ from .optimizers import check_settings
 from .pictures import load_folder, to_pillow
 from .prompts import check_trigger, place_trigger
 from .report import learned_embedding, report
-from .training import train
+from .training import earliest_end, train
 from .vocabulary import initial_embedding
 
 app = tyro.extras.SubcommandApp()
@@ -72,7 +72,7 @@ def train_command(
 ) -> None:
     """Train an embedding on a folder of pictures.
 
-    Captions are read from NAME.txt beside NAME.png. The vectors with the lowest loss on fixed noise are kept.
+    Captions are read from NAME.txt beside NAME.png. Training ends by itself when there is nothing more to learn.
     Ctrl-C stops and keeps the best vectors so far.
 
     Example: python -m textual_inversion train --model sd15/ --images cat/ --token "<my-cat>" --init cat
@@ -99,6 +99,7 @@ def train_command(
         with tqdm(total=config.steps, unit="step", desc=config.trigger) as bar:
             try:
                 for step in steps:
+                    bar.total = max(step.number, earliest_end(step.progress, config))
                     bar.update()
                     bar.set_postfix_str(f"fixed loss {step.best_loss:.4f} at step {step.best_step}")
             except TrainingStopped as error:

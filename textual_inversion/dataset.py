@@ -14,7 +14,7 @@ from .image_tokens import image_prompts, image_trigger, uses_image_tokens
 from .prompts import caption_prompt, template_prompts
 
 SMALLEST_SIDE = 8
-FIXED_DRAWS = 16  # rows of an evaluation: as many as 4 steps of 4 pictures, without their backward passes
+FIXED_DRAWS = 16  # rows of a block of fixed batches
 GRID = 8  # pixels per latent of every Stable Diffusion autoencoder
 
 

@@ -16,7 +16,7 @@ from .evaluation import CERTAIN
 from .optimizers import OPTIMIZERS, learning_rate
 from .prompts import place_trigger
 from .state import Progress
-from .training import Step, finished
+from .training import Step, finished, still_improving
 
 # Prompts that training does not use, to see what the embedding does to the words beside it.
 UNSEEN = ("{} on the beach", "{} in the snow at night", "a red {} wearing a hat", "a drawing of {} and a dog")
@@ -77,9 +77,9 @@ def report(
 def why_it_ended(progress: Progress, config: TrainConfig) -> str:
     if finished(progress, config):
         return "Ended: no measurable progress."
-    if progress.flat:
-        return f"All {config.steps} steps are done; the last {_evaluations(progress.flat)} showed no progress."
-    return f"All {config.steps} steps are done, and it was still improving: raise steps and run again to go on."
+    if still_improving(progress, config):
+        return "Ended at the upper bound, still improving: raise steps and run again to go on."
+    return "Ended at the upper bound."
 
 
 def what_was_learned(progress: Progress, origin: str) -> str:
@@ -91,10 +91,6 @@ def what_was_learned(progress: Progress, origin: str) -> str:
     if gain.certain:
         return beside
     return f"Nothing was measurably learned. {beside} That may be chance."
-
-
-def _evaluations(count: int) -> str:
-    return f"{count} evaluations" if count > 1 else "evaluation"
 
 
 @torch.no_grad()

@@ -141,8 +141,13 @@ def finished(progress: Progress, config: TrainConfig) -> bool:
     return 0 < config.patience <= progress.flat and progress.step >= earliest_end(progress, config)
 
 
+def still_improving(progress: Progress, config: TrainConfig) -> bool:
+    """Whether training ended only because it reached ``steps``."""
+    return config.patience > 0 and progress.step >= config.steps and progress.flat == 0
+
+
 def earliest_end(progress: Progress, config: TrainConfig) -> int:
-    """The step after which training may end by itself, as far as it is known now.
+    """The step after which training may end by itself, as far as it is known now: later while it is improving.
 
     Until the gain can be told from chance it takes five times as many steps.
     """
@@ -152,7 +157,7 @@ def earliest_end(progress: Progress, config: TrainConfig) -> int:
     if progress.flat and not progress.gain.certain:
         enough = max(enough, min(5 * enough, MOST_STEPS_WITHOUT_GAIN))
     released = progress.step if progress.released is None else progress.released
-    return min(config.steps, released + math.ceil(enough))
+    return min(config.steps, max(progress.step, released + math.ceil(enough)))
 
 
 def _initial_state(
@@ -246,18 +251,17 @@ def update_ema(ema: Embedding, embedding: Embedding, decay: float, keep_length: 
 def learning_rate_factor(done: int, began: int, agreement: float, config: TrainConfig) -> float:
     """Factor on the learning rate after ``done`` steps, for vectors that began to move after step ``began``.
 
-    After a linear warm-up cosine decay to 0 at the last step, or constant, or automatic: the square root of Ivgi
-    et al. 2023 (DoG, arXiv 2302.12022), whose rate is a distance divided by sqrt(sum |g|^2), here with
-    gradients of length 1 and a distance of about one radian.
+    A linear warm-up, and cosine decay to 0 at the last step, or constant, or automatic: the square root of Ivgi et
+    al. 2023 (DoG, arXiv 2302.12022), whose rate is a distance divided by sqrt(sum |g|^2), here with gradients of
+    length 1 and a distance of about one radian.
     """
-    if done < config.warmup_steps:
-        return (done + 1) / config.warmup_steps
+    warm_up = min(1.0, (done - began + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.schedule == "constant":
-        return 1.0
+        return warm_up
     if config.schedule == "automatic":
-        return agreement**AGREEMENT_POWER / math.sqrt(1 + (done - began) / DECAY_STEPS)
-    progress = (done - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return warm_up * agreement**AGREEMENT_POWER / math.sqrt(1 + (done - began) / DECAY_STEPS)
+    progress = max(0, done - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return warm_up * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def _compute_gradients(model: TrainableModel, tokens: TrainedTokens, batches: Sequence[Batch], number: int) -> float:
