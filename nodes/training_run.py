@@ -61,6 +61,9 @@ class Result:
 def run_training(model: ComfyModel, dataset: Dataset, request: Request, live: LiveRun, state_file: StateFile) -> Result:
     """Trains, or resumes an unfinished run of the same settings and pictures."""
     began, saved = time.perf_counter(), state_file.read()
+    if saved and saved["training"]["progress"]["step"] >= request.config.steps:  # done: it waits for more steps
+        state_file.remove()
+        saved = None
     with model.training() as trainable:
         start, config = starting_point(trainable, dataset, request, saved, live)
         run = TrainingRun(trainable, config, request, dataset.latents[0].shape, live, state_file)
