@@ -221,9 +221,10 @@ def main() -> None:
         bench = Bench(args.model) if args.model else Bench()
         for name, concept, seed in cells(args, recipes):
             learn(bench, args, name, recipes[name], Concept.read(concept), seed, level)
-    from .concepts_report import write_report
+    from .concepts_report import write_levels, write_report
 
     write_report(args.out)
+    write_levels(OUT)
 
 
 def learn(

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from scipy.stats import sem
 from scipy.stats import t as student_t
 
-from .cells import file_name, read_cells
+from .cells import Key, file_name, read_cells
 from .recipes import ABLATIONS
 
 mpl.use("Agg")
@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt
 
 Cells = list[dict[str, Any]]
 MEASURES = ("identity", "looks", "obeys", "drift", "norm_ratio", "leak")
-OURS = "ours"
+OURS, BEFORE = "ours", "version 0.1"
 SIDE = 96  # pixels of a picture on a contact sheet
 
 
@@ -46,8 +46,46 @@ def write_report(out: Path) -> None:
     text.append(paired(recipes))
     (out / "report.md").write_text("\n".join(text))
     plot({name: rows for name, rows in recipes.items() if name not in ABLATIONS}, out / "identity.png")
-    for concept in sorted({cell["concept"] for cell in cells}):
+    for concept in sorted({cell["concept"] for cell in cells}) if len(recipes) > 2 else ():
         sheet(concept, [name for name in recipes if name not in ABLATIONS], out)
+
+
+LEVELS = """# As hard as real models may be
+
+The demo model at several levels of difficulty (`benchmarks/levels.py`), one folder each. Held-out losses are always the
+plain model's. *Agreement* and *noise scale* (in pictures) are of the first step; *a word explains*: the gain of ours as
+a share of the loss in training, beside the per-image tokens. *Kept*: mean identity as a share of the same recipe's on
+the same concepts and seeds of the plain model.
+
+| level | recipe | cells | agreement | noise scale | a word explains | identity | worst | kept | pictures | at most |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def write_levels(out: Path) -> None:
+    """``levels.md``: ours and the last version's at every level in the folders of ``out``, and on the plain model."""
+    plain, lines = read_cells(out), []
+    for folder in (out, *sorted(path.parent for path in out.glob("*/cells.jsonl"))):
+        recipes: dict[str, Cells] = {}
+        for cell in read_cells(folder).values():
+            if folder != out or cell["recipe"].startswith((OURS, BEFORE)):
+                recipes.setdefault(cell["recipe"], []).append(cell)
+        level = "as is" if folder == out else folder.name
+        lines += [level_row(level, name, rows, plain) for name, rows in recipes.items()]
+    (out / "levels.md").write_text(LEVELS + "\n".join(lines) + "\n")
+
+
+def level_row(level: str, recipe: str, rows: Cells, plain: dict[Key, dict[str, Any]]) -> str:
+    starts = [row["level"] for row in rows if "level" in row]
+    measured = [f"{mean(starts, key):.2f}" if starts else "" for key in ("agreement", "noise_scale")]
+    gains = [row["gain"][0] for row in rows if "gain" in row]
+    same = [plain[key]["identity"] for row in rows if (key := (recipe, row["concept"], row["seed"])) in plain]
+    found = values(rows, "identity")
+    kept = f"{sum(found) / sum(same):.0%}" if len(same) == len(rows) else ""
+    seen = [row["curve"][-1][0] for row in rows]
+    columns = [level, recipe, len(rows), *measured, f"{statistics.mean(gains):.1%}" if gains else ""]
+    columns += [f"{statistics.mean(found):.3f}", f"{min(found):.2f}", kept, f"{statistics.mean(seen):.0f}", max(seen)]
+    return f"| {' | '.join(map(str, columns))} |"
 
 
 def to_95_percent(cell: dict[str, Any]) -> float | None:

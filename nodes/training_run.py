@@ -177,7 +177,8 @@ class TrainingRun:
         self.send_progress(step)
         if step.number and step.number % SAVE_EVERY == 0:
             self.save(step)
-        progress.update_absolute(step.number, max(step.number + 1, earliest_end(step.progress, self.config)))
+        planned = earliest_end(step.progress, self.config)
+        progress.update_absolute(step.number, min(self.config.steps, max(step.number + 1, planned)))
 
     def send_progress(self, step: Step) -> None:
         """Sends everything about the run to the panel."""
