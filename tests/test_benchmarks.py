@@ -1,6 +1,15 @@
-"""What benchmarks keep of finished cells."""
+"""What benchmarks keep of finished cells, and how they make the demo model harder."""
+
+import pytest
+import torch
 
 from benchmarks.cells import add_cell, read_cells
+from benchmarks.levels import Level, harder
+from demo.measure import Bench, Concept
+from textual_inversion import TrainConfig, initial_embedding
+from textual_inversion.dataset import fixed_batches
+from textual_inversion.image_tokens import new_image_tokens
+from textual_inversion.objective import fixed_losses, mean_loss
 
 
 def test_an_interrupted_cell_is_measured_again_and_no_other(tmp_path):
@@ -13,3 +22,32 @@ def test_an_interrupted_cell_is_measured_again_and_no_other(tmp_path):
     for cell in (second, {**first, "identity": 0.5}):
         add_cell(tmp_path, cell)
     assert read_cells(tmp_path) == {("ours", "heart", 0): {**first, "identity": 0.5}, ("ours", "star", 0): second}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench()
+
+
+@pytest.mark.parametrize(
+    ("level", "least", "most"),
+    [(Level(), 0.4, 0.8), (Level(cosine=0.1), 0.05, 0.2), (Level(cosine=0.02), 0.0, 0.06), (Level(noise=40), 0.1, 0.4)],
+    ids=lambda value: value.name if isinstance(value, Level) else "",
+)
+def test_levels_are_as_hard_as_they_say(bench, level, least, most):
+    """Agreement of the gradients as measured, and the loss that no word can explain."""
+    concept, config = Concept.read("heart"), TrainConfig(initializer="heart")
+    dataset = bench.dataset(concept, "train", config, with_captions=False)
+    batches = fixed_batches(dataset, config)
+    with bench.model.training() as model:
+        start = initial_embedding(model.vocabularies(), "S*", "heart", 1)
+        model_at_level = harder(model, level, start, dataset, config)
+        assert least <= model_at_level.measured.agreement <= most
+        tokens = [start, *new_image_tokens(model.vocabularies(), dataset.image_triggers, start, 1)]
+        plain = mean_loss(model, tokens, batches)
+        losses = [fixed_losses(model_at_level, tokens, batches) for _ in range(2)]
+    assert torch.equal(*losses), "the same draw has the same noise"
+    if level.noise:
+        assert losses[0].mean() > 5 * plain
+    else:
+        assert losses[0].mean().item() == pytest.approx(plain)

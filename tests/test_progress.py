@@ -12,6 +12,7 @@ from textual_inversion.dataset import make_dataset
 from textual_inversion.evaluation import CERTAIN, Difference, Evaluation, fairest, flat, gain, settled
 from textual_inversion.report import report, what_was_learned, why_it_ended
 from textual_inversion.state import fingerprint
+from textual_inversion.training import learning_rate_factor
 
 ROWS = 16
 
@@ -102,6 +103,21 @@ def test_progress_is_a_lower_loss_and_a_better_word():
     assert flat(tokens_learn, 0)
     tokens_hand_over = [evaluation(step, 0.8, 1 + step / 200) for step in steps]
     assert flat(tokens_hand_over, 0)
+
+
+def test_the_rate_needs_no_number_of_steps_and_follows_the_agreement():
+    def factors(steps, agreement=1.0, began=0, **settings):
+        config = TrainConfig(steps=steps, **settings)
+        return [learning_rate_factor(done, began, agreement, config) for done in range(began, began + 50)]
+
+    assert factors(60) == factors(3000) == factors(3000, began=20)
+    assert factors(60)[30] == pytest.approx(0.5)  # 1 / sqrt(1 + 30 / 10)
+    assert factors(60, 1 / 16)[0] == pytest.approx(0.5)
+    assert factors(50, schedule="cosine")[25] == pytest.approx(0.5)
+    for schedule in ("automatic", "cosine", "constant"):
+        plain, warmed = factors(400, schedule=schedule), factors(400, schedule=schedule, warmup_steps=10)
+        assert warmed[:2] == pytest.approx([0.1 * plain[0], 0.2 * plain[1]], rel=1e-3)
+        assert warmed[20:] == pytest.approx(plain[20:], rel=0.03)
 
 
 # Whole runs --------------------------------------------------------------------------------------
