@@ -53,9 +53,9 @@ def write_report(out: Path) -> None:
 LEVELS = """# As hard as real models may be
 
 The demo model at several levels of difficulty (`benchmarks/levels.py`), one folder each. Held-out losses are always the
-plain model's. *Agreement* and *noise scale* (in pictures) are of the first step; *a word explains*: the gain of ours as
-a share of the loss in training, beside the per-image tokens. *Kept*: mean identity as a share of the same recipe's on
-the same concepts and seeds of the plain model.
+plain model's. *Agreement* and *noise scale* (in pictures) are medians at the start; *a word explains*: the gain of ours
+as a share of the loss in training, beside the per-image tokens. *Kept*: mean identity as a share of the same recipe's
+on the same concepts and seeds of the plain model.
 
 | level | recipe | cells | agreement | noise scale | a word explains | identity | worst | kept | pictures | at most |
 |---|---|---|---|---|---|---|---|---|---|---|
@@ -77,7 +77,9 @@ def write_levels(out: Path) -> None:
 
 def level_row(level: str, recipe: str, rows: Cells, plain: dict[Key, dict[str, Any]]) -> str:
     starts = [row["level"] for row in rows if "level" in row]
-    measured = [f"{mean(starts, key):.2f}" if starts else "" for key in ("agreement", "noise_scale")]
+    measured = [
+        f"{statistics.median(values(starts, key)):.2f}" if starts else "" for key in ("agreement", "noise_scale")
+    ]
     gains = [row["gain"][0] for row in rows if "gain" in row]
     same = [plain[key]["identity"] for row in rows if (key := (recipe, row["concept"], row["seed"])) in plain]
     found = values(rows, "identity")

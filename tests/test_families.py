@@ -64,7 +64,17 @@ def test_checkpointing(family, graph):
 def test_training(family, graph):
     """20 steps on one picture lower the loss on fixed noise; MODEL, CLIP and VAE are bit for bit what they were."""
     before = weights_hash(graph[0].model, graph[1].cond_stage_model, graph[2].first_stage_model)
-    config = TrainConfig(initializer="toy", steps=20, batch_size=1, learning_rate=0.05, per_image_tokens=0)
+    config = TrainConfig(
+        initializer="toy",
+        steps=20,
+        batch_size=1,
+        learning_rate=0.05,
+        schedule="constant",
+        averaging=0.8,
+        evaluate_every=5,
+        patience=0,
+        per_image_tokens=0,
+    )
     model = ComfyModel(*graph[:3])
     dataset = prepared(family, model, config, 1)
     with model.training():
