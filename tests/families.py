@@ -32,7 +32,7 @@ from small_models import UNET, randomise
 from textual_inversion import Embedding, TrainConfig, initial_embedding
 from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.dataset import Batch, Dataset, fixed_batches, make_dataset
-from textual_inversion.objective import batch_loss
+from textual_inversion.objective import batch_loss, row_losses
 
 CLIP = {"num_hidden_layers": 3, "num_attention_heads": 4}
 CLIP_L = CLIP | {"hidden_size": 32, "intermediate_size": 64}
@@ -413,9 +413,9 @@ def slope(model: ComfyModel, word: Embedding, batch: Batch, vectors: torch.Tenso
     def difference(step: float) -> float:
         start = vectors.clone()
         vectors.copy_(start + step * direction)
-        above = batch_loss(model, [word], batch).item()
+        above = row_losses(model, [word], batch).double().mean().item()
         vectors.copy_(start - step * direction)
-        below = batch_loss(model, [word], batch).item()
+        below = row_losses(model, [word], batch).double().mean().item()
         vectors.copy_(start)
         return (above - below) / (2 * step)
 
@@ -426,7 +426,7 @@ def agrees(graph, word: Embedding, batch: Batch, gradients: list[torch.Tensor]) 
     """Whether finite differences find every gradient within 0.1%.
 
     Along the gradient the difference is largest. Small steps drown in rounding, large ones in curvature:
-    of four one has to agree.
+    of five one has to agree.
     """
     model = ComfyModel(*graph[:3])
     with model.training():
@@ -435,7 +435,7 @@ def agrees(graph, word: Embedding, batch: Batch, gradients: list[torch.Tensor]) 
             size = gradient.norm().item()
             if size == 0:
                 return False
-            steps = (share * loss / size for share in (1e-3, 5e-4, 2e-4, 1e-4))
+            steps = (share * loss / size for share in (1e-3, 5e-4, 2e-4, 1e-4, 5e-5))
             slopes = (slope(model, word, batch, vectors, gradient / size, step) for step in steps)
             if not any(abs(slope / size - 1) < 1e-3 for slope in slopes):
                 return False
