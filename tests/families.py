@@ -435,7 +435,7 @@ def agrees(graph, word: Embedding, batch: Batch, gradients: list[torch.Tensor]) 
             size = gradient.norm().item()
             if size == 0:
                 return False
-            steps = (share * loss / size for share in (1e-3, 5e-4, 2e-4, 1e-4, 5e-5))
+            steps = (share * loss / size for share in (1e-3, 5e-4, 2e-4, 1e-4, 7e-5))
             slopes = (slope(model, word, batch, vectors, gradient / size, step) for step in steps)
             if not any(abs(slope / size - 1) < 1e-3 for slope in slopes):
                 return False
