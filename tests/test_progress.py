@@ -124,9 +124,9 @@ def test_the_rate_needs_no_number_of_steps_and_follows_the_agreement():
 
 
 @pytest.fixture
-def trainable(graph, pictures):
-    """``run(config, captions)``: model, dataset, start and the steps, inside training."""
-    model = ComfyModel(*graph)
+def trainable(load, checkpoints, pictures):
+    """A model, and ``start(config, captions)``: dataset, embedding and the steps, inside training."""
+    model = ComfyModel(*load(checkpoints["SmallSD1"]))
 
     def start(config, captions=()):
         dataset = make_dataset(model.encode_images, pictures(2), [], captions, config)
