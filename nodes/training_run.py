@@ -189,7 +189,7 @@ class TrainingRun:
             learning_rate=step.learning_rate,
             rate=self.config.batch_size * self.config.accumulation / self.seconds if self.seconds else 0.0,
             planned=planned,
-            seconds_left=(planned - step.number) * self.seconds if self.seconds else None,
+            seconds_left=(planned - step.number) * self.seconds if self.seconds and step.progress.agreement else None,
             trend="waiting" if step.progress.released is None else "flat" if step.progress.flat else "improving",
             flat=step.progress.flat,
             best=step.best_step,
