@@ -104,9 +104,7 @@ def main() -> None:
 
     with ComfyServer() as server:
         shutil.copytree(concept.folder / "train", server.base / "input" / concept.folder.name)
-        print(
-            f"ComfyUI runs and learns {trigger!r} from {concept.folder.name} in at most {steps} steps.", flush=True
-        )
+        print(f"ComfyUI runs and learns {trigger!r} from {concept.folder.name} in at most {steps} steps.", flush=True)
         server.run_workflow(WORKFLOW)
         (learned,) = (server.base / "models/embeddings").glob("*.safetensors")
         prompts = [prompt.format(trigger) for prompt in PROMPTS]
