@@ -28,7 +28,7 @@ AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agre
 SETTLED_IMAGE_RATE = 0.3  # of the per-image tokens' rate, once the embedding moves
 # An object's embedding waits for the per-image tokens only while its gradients are noisy. Clear ones separate the two
 # anyway, and tokens alone begin to explain what all pictures have in common; those of a style have another part.
-LONGEST_WAIT = 80  # steps that the embedding waits for the per-image tokens, if its gradients are clear
+LONGEST_WAIT = 80  # steps, unless the noise asks for more (WAIT_SIGNAL_TO_NOISE)
 LONGEST_WAIT_SHARE = 1 / 4  # of all steps, where they are few
 AVERAGED_SHARE = 1 / 3  # of the run, its end
 
@@ -130,9 +130,8 @@ def train(
         stop = yield Step(state.progress, rate, fixed_loss, state)
 
     if stop:
-        fixed_loss = (
-            _evaluate(state, evaluator, config) if state.progress.evaluations[-1].step < state.progress.step else None
-        )
+        known = state.progress.evaluated_step == state.progress.step
+        fixed_loss = None if known else _evaluate(state, evaluator, config)
         yield Step(state.progress, 0.0, fixed_loss, state)
 
 
