@@ -145,12 +145,12 @@ class ThroughComfyUI:
             }
 
     def unet_step(self, model, case: Case) -> Step:
-        from textual_inversion.adapters.comfyui import _pytorch_attention
+        from textual_inversion.adapters.comfyui import _differentiable_attention
 
         network, batch = model._patcher.model, next(case.batches())
         sigmas = model.sample_sigmas(batch.quantiles)
         context = torch.randn(case.batch, 77, *model.keys.values(), requires_grad=True)
-        options = {"optimized_attention_override": _pytorch_attention}  # as in our step
+        options = {"optimized_attention_override": _differentiable_attention}  # as in our step
         return lambda: backward(
             network.apply_model(batch.noise, sigmas, c_crossattn=context, transformer_options=options), context
         )

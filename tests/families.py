@@ -392,7 +392,7 @@ def moved(model: ComfyModel, count: int = 2) -> Embedding:
     """A word beside the one it starts from, where no gradient happens to be zero."""
     generator = torch.Generator().manual_seed(3)
     word = initial_embedding(model.vocabularies(), "S*", "toy", count)
-    return word._map(lambda rows: rows + 0.1 * torch.randn(rows.shape, generator=generator)).trainable()
+    return word.mapped(lambda rows: rows + 0.1 * torch.randn(rows.shape, generator=generator)).trainable()
 
 
 def gradients(family: Family, graph, checkpointing: bool = False) -> tuple[list[torch.Tensor], Embedding, Batch]:

@@ -24,6 +24,8 @@ from textual_inversion.adapters.comfyui_tokens import (
 )
 from textual_inversion.embedding import ENCODERS
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def word(graph):
@@ -161,7 +163,7 @@ def test_prompts_encoded_together_are_what_each_is_alone(graph, word):
     encoders = [encoder.model.transformer for encoder in text_encoders(clip)]
     handles = [part.register_forward_hook(lambda *_args: passes.append(1)) for part in encoders]
     with torch.no_grad():
-        together = encode(clip, prompts)
+        together = encode(clip, prompts, CPU)
         # two of 77 tokens with one of several times that, cut into sections of 77; one with weights
         assert len(passes) == 2 * len(encoders)
         for prompt, found in zip(prompts, together, strict=True):
@@ -266,7 +268,7 @@ def test_encoding_leaves_the_graphs_encoders_alone(graph, word):
     before = [dict(vars(module)) for module in modules]
     children = [dict(module._modules) for module in modules]
     with torch.no_grad():
-        (found,) = encode(clip, ["a photo of S*"])
+        (found,) = encode(clip, ["a photo of S*"], CPU)
     assert [dict(vars(module)) for module in modules] == before
     assert [dict(module._modules) for module in modules] == children
     assert torch.equal(found["cross_attn"], encoded(clip, "a photo of S*"))
@@ -284,7 +286,7 @@ def test_what_was_encoded_is_freed_at_once(graph, word, monkeypatch):
     gc.disable()
     try:
         with torch.no_grad():
-            encode(with_embeddings(graph.clip, word("S*")), ["a photo of S*", "S* on grass"])
+            encode(with_embeddings(graph.clip, word("S*")), ["a photo of S*", "S* on grass"], CPU)
         assert len(seen) == 2 * len(text_encoders(graph.clip))
         assert all(encoder() is None for encoder in seen), "an encoder that holds what it has encoded lives on"
     finally:

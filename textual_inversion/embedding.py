@@ -1,6 +1,6 @@
 """What is learned: a trigger and one matrix of vectors per text encoder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -77,11 +77,11 @@ class Embedding:
 
     def trainable(self) -> "Embedding":
         """A copy whose vectors are leaf tensors that collect gradients."""
-        return self._map(lambda tensor: tensor.detach().clone().requires_grad_(True))
+        return self.mapped(lambda tensor: tensor.detach().clone().requires_grad_(True))
 
     def snapshot(self) -> "Embedding":
         """A copy on the CPU, cut from every graph."""
-        return self._map(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
+        return self.mapped(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
 
     def for_encoders(self, encoders: dict[str, int]) -> "Embedding":
         """The vectors by the keys of these encoders, ``{"clip_l": 768}``: found by key, then by width.
@@ -106,7 +106,7 @@ class Embedding:
         return replace(self, vectors=found, unnamed=frozenset())
 
     def scaled(self, strength: float) -> "Embedding":
-        return self._map(lambda tensor: tensor * strength)
+        return self.mapped(lambda tensor: tensor * strength)
 
     def renamed(self, trigger: str) -> "Embedding":
         return replace(self, trigger=trigger)
@@ -116,7 +116,8 @@ class Embedding:
         widths = " and ".join(f"{key} {t.shape[-1]}" for key, t in self.vectors.items())
         return f"{self.count} vector{'s' if self.count > 1 else ''}, {widths}"
 
-    def _map(self, change) -> "Embedding":
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Embedding":
+        """With ``change`` made to the vectors of each encoder."""
         vectors = {key: change(tensor) for key, tensor in self.vectors.items()}
         return replace(self, vectors=vectors)
 

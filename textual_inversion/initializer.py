@@ -6,8 +6,10 @@ from .adapters.protocol import TrainableModel
 from .config import TrainConfig
 from .dataset import Dataset, fixed_batches
 from .embedding import Embedding
-from .image_tokens import new_image_tokens
-from .objective import batch_loss, mean_loss
+from .gradients import Gradients
+from .image_tokens import TrainedTokens, new_image_tokens
+from .memory import enable_checkpointing_if_needed, out_of_memory_explained
+from .objective import mean_loss
 from .vocabulary import initial_embedding
 
 CANDIDATES = 16
@@ -32,8 +34,10 @@ def best_word(model: TrainableModel, dataset: Dataset, config: TrainConfig) -> s
     neutral = Embedding(config.trigger, neutral_vectors).trainable()
     image_tokens = new_image_tokens(vocabularies, dataset.image_triggers, neutral, config.per_image_tokens)
     batches = fixed_batches(dataset, config, DRAWS_PER_PICTURE)
-    for batch in batches:
-        (batch_loss(model, [neutral, *image_tokens], batch) / len(batches)).backward()
+    tokens = TrainedTokens(neutral, image_tokens)
+    with out_of_memory_explained(0):
+        enable_checkpointing_if_needed(model, tokens.embeddings, batches, config.batch_size)
+        Gradients(model, tokens).compute(batches)
     gains: dict[str, float] = {}
     for key, vocabulary in vocabularies.items():
         gradient = neutral.vectors[key].grad
@@ -46,4 +50,5 @@ def best_word(model: TrainableModel, dataset: Dataset, config: TrainConfig) -> s
         start = initial_embedding(vocabularies, config.trigger, word, 1)
         return mean_loss(model, [start, *image_tokens], batches)
 
-    return min(candidates, key=loss)
+    with out_of_memory_explained(0):
+        return min(candidates, key=loss)

@@ -1,51 +1,130 @@
-"""Estimates the memory of a training step before the first one runs."""
+"""The memory of a training step: counted before the first one runs, and what to do when it runs out."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .adapters.protocol import TrainableModel
 from .dataset import Batch
+from .devices import is_out_of_memory
 from .embedding import Embedding
+from .errors import TrainingError, TrainingStopped
 from .objective import batch_loss
 
+T = TypeVar("T")
+
 # On top of what the forward pass keeps: the gradients of one block at a time.
-MARGIN = 1.2
-NO_ADDRESS = 0
+MARGIN = 1.1
+
+
+@contextmanager
+def out_of_memory_explained(step: int) -> Iterator[None]:
+    """Turns running out of memory at ``step`` into a sentence for the user.
+
+    Raises:
+        TrainingError: before or in the first step.
+        TrainingStopped: later, when there is something to keep.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        when = f"at step {step}" if step else "before the first step"
+        message = (
+            f"Out of memory {when}, even with gradient checkpointing. Reduce size, or reduce batch_size and raise "
+            "accumulation (Textual Inversion Settings)."
+        )
+        raise (TrainingStopped if step > 1 else TrainingError)(message) from error
+
+
+def with_checkpointing_if_out_of_memory(model: TrainableModel, run: Callable[[], T]) -> T:
+    """``run()``; once more with everything checkpointed if memory ran out and that is not so already."""
+    try:
+        return run()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the try that failed
+        if not checkpoint_everything(model):
+            raise
+    return run()
+
+
+def checkpoint_everything(model: TrainableModel) -> bool:
+    """Whether anything was left to checkpoint."""
+    changed = False
+    while model.enable_gradient_checkpointing():
+        changed = True
+    return changed
 
 
 def enable_checkpointing_if_needed(
     model: TrainableModel, embeddings: Sequence[Embedding], batches: Sequence[Batch], batch_size: int
-) -> None:
-    """Turns gradient checkpointing on where ``batch_size`` rows of the largest shape need more memory than is free."""
+) -> int:
+    """Checkpoints one part of the model after the other until a step fits in what is free.
+
+    Returns the bytes that a step of ``batch_size`` rows of the largest shape then takes beside the weights.
+    """
+    while (needed := step_bytes(model, embeddings, batches, batch_size)) > model.free_memory():
+        if not model.enable_gradient_checkpointing():
+            break
+    return needed
+
+
+def step_bytes(
+    model: TrainableModel, embeddings: Sequence[Embedding], batches: Sequence[Batch], batch_size: int
+) -> int:
+    """What a step takes beside the weights, from forward passes of one row and of two.
+
+    Some of it is there once, however many the rows: weights that were cast or dequantised.
+    """
     largest = max(batches, key=lambda batch: batch.latents[0].numel()).rows(slice(1))
-    try:
-        needed = kept_bytes(lambda: batch_loss(model, embeddings, largest), model.weights()) * batch_size * MARGIN
-        enough = needed < model.free_memory()
-    except torch.OutOfMemoryError:
-        enough = False
-    if not enough:
-        model.enable_gradient_checkpointing()
+    prompts = list(dict.fromkeys(prompt for batch in batches for prompt in batch.prompts))
+
+    def kept(rows: int) -> int:
+        # Distinct prompts, as a batch has them: each goes through the text encoders on its own.
+        batch = replace(largest.rows([0] * rows), prompts=[prompts[row % len(prompts)] for row in range(rows)])
+        return kept_bytes(lambda: batch_loss(model, embeddings, batch), model.weights())
+
+    one = kept(1)
+    more = (batch_size - 1) * (kept(2) - one) if batch_size > 1 else 0
+    return int((one + more) * MARGIN)
 
 
 def kept_bytes(run: Callable[[], Any], weights: Sequence[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of ``run``, beside the ``weights``, which are loaded anyway."""
-    known = {NO_ADDRESS, *map(_address, weights)}
-    kept: dict[int, int] = {}
+    """Bytes that autograd keeps for the backward pass of ``run``, beside the ``weights``, which are loaded anyway.
 
-    def count(tensor: Tensor) -> Tensor:
-        if (address := _address(tensor)) not in known:
-            kept[address] = tensor.untyped_storage().nbytes()
-        # Keep a reference so that freed storage is not reused and missed; detach to avoid a reference cycle.
-        return tensor.detach()
+    They are counted and not kept: ``run`` takes no more memory than inference.
+    """
+    known = {storage._cdata for weight in weights for storage in _storages(weight)}
+    kept: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        result = run()  # noqa: F841 - keeps alive what was saved
-    return sum(kept.values())
+    def count(tensor: Tensor) -> None:
+        for storage in _storages(tensor):
+            if storage._cdata not in known and storage._cdata not in kept:
+                # The weak reference keeps the number of the storage from being used again, not its memory.
+                kept[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+
+    def restore(_counted: None) -> Tensor:
+        raise AssertionError("what was only counted has no backward pass")
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, restore):
+        run()
+    return sum(size for _, size in kept.values())
 
 
-def _address(tensor: Tensor) -> int:
-    """Address of the storage; ``NO_ADDRESS`` for tensors without one of their own, such as quantised ones."""
-    return tensor.untyped_storage().data_ptr() if type(tensor) in (Tensor, torch.nn.Parameter) else NO_ADDRESS
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Of quantised tensors those of the numbers and the scales that they wrap."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _storages(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()

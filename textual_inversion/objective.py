@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .adapters.protocol import TrainableModel
 from .dataset import Batch
+from .devices import to_device
 from .embedding import Embedding
 
 
@@ -40,10 +41,10 @@ def batch_loss(model: TrainableModel, embeddings: Sequence[Embedding], batch: Ba
 
 def row_losses(model: TrainableModel, embeddings: Sequence[Embedding], batch: Batch) -> Tensor:
     """The loss of each row of a batch, (B,), differentiable by the vectors of ``embeddings``."""
-    latents = batch.latents.to(model.device)
-    masks = None if batch.masks is None else batch.masks.to(model.device)
+    latents, noise = (to_device(tensor, model.device) for tensor in (batch.latents, batch.noise))
+    masks = None if batch.masks is None else to_device(batch.masks, model.device)
     sigmas = model.sample_sigmas(batch.quantiles)
-    noised = model.add_noise(latents, batch.noise.to(model.device), sigmas)
+    noised = model.add_noise(latents, noise, sigmas)
     conditioning = model.encode_prompts(batch.prompts, *embeddings)
     denoised = model.denoise(noised, sigmas, conditioning)
     return denoising_losses(denoised, latents, sigmas, model.loss_weights(sigmas), masks)

@@ -59,6 +59,11 @@ def report(
         f"Gradients at the start: {in_words(progress.agreement)} (agreement of two batches {progress.agreement:.2f}).",
         f"Similarity of unseen prompts to those with {origin}: {1 - drift(model, start, learned):.0%}.",
     ]
+    if progress.skipped:
+        lines.append(
+            f"Skipped {progress.skipped} steps: their numbers overflowed in the model's precision. "
+            "A bf16 or fp32 model has no such limit."
+        )
     for key, vocabulary in model.vocabularies().items():
         vectors = learned.vectors[key]
         if last.best_step and torch.equal(vectors, start.vectors[key]):

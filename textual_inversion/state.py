@@ -39,6 +39,8 @@ class Progress:
     """How many of the last evaluations in a row showed no progress."""
     agreement: float = 0.0
     """Of the gradients near the start (see ``agreement.Agreement``)."""
+    skipped: int = 0
+    """Steps that were not taken, because the loss or the gradient of their batch was not a number."""
 
     @property
     def initial_loss(self) -> float:
@@ -62,7 +64,7 @@ class Progress:
         return gain(self.evaluations, self.best_evaluation)
 
 
-NUMBERS = ("loss", "step", "best_step", "released", "flat", "agreement")
+NUMBERS = ("loss", "step", "best_step", "released", "flat", "agreement", "skipped")
 
 
 @dataclass

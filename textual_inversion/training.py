@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Generator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -16,8 +15,9 @@ from .dataset import Batch, Dataset, training_batches
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
 from .evaluation import Difference, Evaluator, fairest, flat, settled
+from .gradients import Gradients
 from .image_tokens import TrainedTokens, new_image_tokens
-from .memory import enable_checkpointing_if_needed
+from .memory import enable_checkpointing_if_needed, out_of_memory_explained
 from .objective import batch_loss
 from .optimizers import OPTIMIZERS, learning_rate, make_optimizer
 from .state import Progress, TrainState
@@ -40,6 +40,8 @@ SIGNAL_TO_NOISE = 20
 WAIT_SIGNAL_TO_NOISE = 4  # the same for the wait
 MOST_STEPS_WITHOUT_GAIN = 1000
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
+
+MOST_SKIPPED = 8  # batches in a row whose loss or gradient is not a number
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def train(
     Raises:
         UserError: a prompt of the dataset has no room for the vectors, or the optimizer ignores a changed setting.
         TrainingError: no gradient reached the vectors, the very first loss is not finite, or memory ran out.
-        TrainingStopped: loss or gradient became NaN, or memory ran out, later; the last step's ``best`` is good.
+        TrainingStopped: loss or gradient stayed NaN, or memory ran out, later; the last step's ``best`` is good.
     """
     generator = torch.Generator().manual_seed(config.seed)
     batches = training_batches(dataset, config, generator)
@@ -104,21 +106,31 @@ def train(
     _check_prompts(model, tokens, dataset)
     optimizer = make_optimizer(tokens, config)
     evaluator = Evaluator(model, tokens, dataset, config)
-    enable_checkpointing_if_needed(model, tokens.embeddings, evaluator.block(0), config.batch_size)
-
-    state = _initial_state(tokens, optimizer, evaluator, config)
+    with out_of_memory_explained(0):
+        enable_checkpointing_if_needed(model, tokens.embeddings, evaluator.block(0), config.batch_size)
+        state = _initial_state(tokens, optimizer, evaluator, config)
     if saved and state.is_same_model(saved):
         state.resume(saved)
-        for _ in range(state.progress.step * config.accumulation):  # the random numbers of the steps already done
+        # The random numbers of the steps already done, and of those that were skipped.
+        for _ in range((state.progress.step + state.progress.skipped) * config.accumulation):
             next(batches)
     fixed_loss = _evaluate_if_due(state, evaluator, config) if state.progress.step else state.progress.initial_loss
     stop = yield Step(state.progress, 0.0, fixed_loss, state)
 
+    gradients, unusable = Gradients(model, tokens), 0
     while not stop and state.progress.step < config.steps and not finished(state.progress, config):
         number = state.progress.step + 1
         drawn = list(islice(batches, config.accumulation))
-        loss = _compute_gradients(model, tokens, drawn, number)
-        _check_gradients(model, tokens, drawn[0], loss, number)
+        with out_of_memory_explained(number):
+            loss = gradients.compute(drawn)
+        if not (math.isfinite(loss) and gradients.finite()):
+            unusable += 1
+            _check_skipped(unusable, number)
+            state.progress = replace(state.progress, skipped=state.progress.skipped + 1)
+            continue
+        unusable = 0
+        if number == 1:
+            _check_gradients(model, tokens, drawn[0])
         state.agreement.add([vectors.grad for vectors in tokens.concept.parameters() if vectors.grad is not None])
         rate = _set_rates(optimizer, state, config)
         # No interruption point before the progress is set: a saved state must be consistent.
@@ -126,7 +138,8 @@ def train(
         optimizer.zero_grad()
         _update_averages(state, number, config)
         state.progress = replace(state.progress, step=number, loss=loss)
-        fixed_loss = _evaluate_if_due(state, evaluator, config)
+        with out_of_memory_explained(number):
+            fixed_loss = _evaluate_if_due(state, evaluator, config)
         stop = yield Step(state.progress, rate, fixed_loss, state)
 
     if stop:
@@ -263,66 +276,30 @@ def learning_rate_factor(done: int, began: int, agreement: float, config: TrainC
     return warm_up * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _compute_gradients(model: TrainableModel, tokens: TrainedTokens, batches: Sequence[Batch], number: int) -> float:
-    """The mean loss of ``batches``; its gradient is in the vectors. On out-of-memory, retry once with checkpointing."""
-    try:
-        return _accumulate(model, tokens, batches)
-    except torch.OutOfMemoryError:
-        can_retry = model.enable_gradient_checkpointing()
-    if can_retry:
-        with suppress(torch.OutOfMemoryError):
-            return _accumulate(model, tokens, batches)
-    message = (
-        f"Out of memory at step {number} even with gradient checkpointing. Reduce size, or reduce batch_size "
-        "and raise accumulation (Textual Inversion Settings)."
-    )
-    raise TrainingStopped(message) if number > 1 else TrainingError(message)
-
-
-def _accumulate(model: TrainableModel, tokens: TrainedTokens, batches: Sequence[Batch]) -> float:
-    for vectors in tokens.parameters():
-        vectors.grad = None
-    return sum(_backward(model, tokens, batch, len(batches)) for batch in batches)
-
-
-def _backward(model: TrainableModel, tokens: TrainedTokens, batch: Batch, parts: int) -> float:
-    """Adds the gradient of one of ``parts`` batches and returns its share of the loss.
-
-    The gradient of a mean over many latents underflows in fp16 models. Scaled by the number of
-    latents, it passes through them as the gradient of a sum.
-    """
-    scale = batch.latents[0].numel()
-    loss = batch_loss(model, tokens.embeddings, batch) / parts
-    if not loss.requires_grad:  # cut off completely: _check_gradients tells the user
-        return loss.item()
-    parameters = tokens.parameters()
-    gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
-    for vectors, gradient in zip(parameters, gradients, strict=True):
-        # A per-image token that the batch does not name has no gradient of its own.
-        if gradient is not None and gradient.any():
-            vectors.grad = gradient / scale + (0 if vectors.grad is None else vectors.grad)
-    return loss.item()
-
-
 def _check_prompts(model: TrainableModel, tokens: TrainedTokens, dataset: Dataset) -> None:
     per_image = {embedding.trigger: embedding for embedding in tokens.per_image}
     for prompts, trigger in zip(dataset.prompts, dataset.image_triggers, strict=True):
         model.check_prompts(prompts, tokens.concept, *([per_image[trigger]] if trigger else []))
 
 
-def _check_gradients(model: TrainableModel, tokens: TrainedTokens, batch: Batch, loss: float, number: int) -> None:
+def _check_gradients(model: TrainableModel, tokens: TrainedTokens, batch: Batch) -> None:
     gradients = {key: vectors.grad for key, vectors in tokens.concept.vectors.items()}
     missing = [key for key, gradient in gradients.items() if gradient is None or not gradient.any()]
     # A model may ignore one of its encoders. If the loss depends on it, its missing gradient was cut off.
-    if number == 1 and missing and (len(missing) == len(gradients) or _loss_depends_on(missing, model, tokens, batch)):
+    if missing and (len(missing) == len(gradients) or _loss_depends_on(missing, model, tokens, batch)):
         raise TrainingError(
             f"No gradient reached the vectors of {' and '.join(missing)}: the attention in use, "
             f"{model.attention_backend}, cuts it off. Use PyTorch's attention "
             "(ComfyUI: start with --use-pytorch-cross-attention, no attention nodes before the MODEL)."
         )
-    finite = all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
-    if not (math.isfinite(loss) and finite):
-        message = f"The loss became NaN at step {number}: lower the learning rate."
+
+
+def _check_skipped(in_a_row: int, number: int) -> None:
+    if in_a_row == MOST_SKIPPED:
+        message = (
+            f"The loss became NaN at step {number}, and stayed so on {in_a_row} batches in a row: lower the learning "
+            "rate, or use a bf16 or fp32 model."
+        )
         raise TrainingStopped(message) if number > 1 else TrainingError(message)
 
 

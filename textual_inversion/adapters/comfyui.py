@@ -15,6 +15,7 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
+from ..devices import is_out_of_memory, to_device
 from ..embedding import Embedding
 from ..errors import UserError
 from ..prompts import check_whole
@@ -26,7 +27,7 @@ from .comfyui_autograd import (
     ordinary_weights,
     training_flag,
 )
-from .comfyui_encoding import encode
+from .comfyui_encoding import encode, moved
 from .comfyui_tokens import (
     embedding_keys,
     row_of,
@@ -40,9 +41,18 @@ from .protocol import DiffusionModel, TrainableModel
 Conditioning = list[dict[str, Any]]
 
 
-def _pytorch_attention(_original, *args, **kwargs):
-    """Flash and sage attention have no backward pass; PyTorch's attention has."""
-    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+WITH_BACKWARD = {"attention_split", "attention_sub_quad"}
+
+
+def _differentiable_attention(chosen, q: Tensor, *args, **kwargs):
+    """PyTorch's attention: flash and sage attention have no backward pass.
+
+    On a Mac, and on AMD cards without PyTorch's kernels, ComfyUI has chosen another one that has it, with the
+    precision that a Mac needs, and less memory.
+    """
+    if q.device.type == "cpu" or chosen.__name__ not in WITH_BACKWARD:
+        chosen = comfy.ldm.modules.attention.attention_pytorch
+    return chosen(q, *args, **kwargs)
 
 
 def _alike(inputs: list[dict[str, Any]]) -> list[list[int]]:
@@ -60,6 +70,43 @@ def _alike(inputs: list[dict[str, Any]]) -> list[list[int]]:
     return groups
 
 
+def _loaded(patcher: ModelPatcher) -> bool:
+    """Whether all weights are on the device, as this patcher wants them and none of its clones."""
+    current = any(loaded.model is patcher for loaded in comfy.model_management.current_loaded_models)
+    return current and patcher.loaded_size() >= patcher.model_size()
+
+
+def _without_dynamic_vram(model: ModelPatcher, clip: CLIP) -> tuple[ModelPatcher, CLIP]:
+    """Copies that share the weights, except under dynamic VRAM, the default on NVIDIA cards.
+
+    It keeps weights in pages that it may take away in the middle of a backward pass. ComfyUI's own way around, as in
+    its Train LoRA, loads a second MODEL and CLIP from their files.
+
+    Raises:
+        UserError: what loaded them cannot do it again.
+    """
+    dynamic = [name for name, patcher in (("MODEL", model), ("CLIP", clip.patcher)) if patcher.is_dynamic()]
+    try:
+        model, clip = model.clone(disable_dynamic=True), clip.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        if is_out_of_memory(error) or not dynamic:
+            raise
+        raise UserError(
+            f"{' and '.join(dynamic)} cannot be loaded a second time, which training needs under dynamic VRAM: use "
+            "ComfyUI's own loader nodes, or start ComfyUI with --disable-dynamic-vram."
+        ) from error
+    if dynamic:
+        size = (model.model_size() + clip.patcher.model_size()) / 2**30
+        logging.info(
+            "Textual inversion: dynamic VRAM is on, so %s loaded a second time for training, %.1f GB with everything. "
+            "ComfyUI's --disable-dynamic-vram saves that.",
+            f"{' and '.join(dynamic)} {'are' if len(dynamic) > 1 else 'is'}",
+            size,
+        )
+    clip.cond_stage_model = clip.patcher.model
+    return model, clip
+
+
 class ComfyModel:
     """Trains on what the graph has loaded, LoRAs and other patches included.
 
@@ -69,12 +116,10 @@ class ComfyModel:
 
     def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, gradient_checkpointing: bool = False):
         self.keys = embedding_keys(clip)
-        # Dynamic VRAM keeps weights in pages that it may take away in the middle of a backward pass.
-        self._patcher = model.clone(disable_dynamic=True)
-        self._clip = clip.clone(disable_dynamic=True)
-        self._clip.cond_stage_model = self._clip.patcher.model
+        self._patcher, self._clip = _without_dynamic_vram(model, clip)
         self._vae = vae
-        self._checkpointing = gradient_checkpointing
+        self._checkpointable = (self._clip.cond_stage_model, self._patcher.model.diffusion_model)
+        self._checkpointed = len(self._checkpointable) if gradient_checkpointing else 0
         self._contexts = ExitStack()
         self._options: dict[str, Any] = {}
 
@@ -105,8 +150,8 @@ class ComfyModel:
             for module in (network, encoder):
                 for context in (ordinary_weights, differentiable_products, mutable_residuals):
                     stack.enter_context(context(module))
-            if self._checkpointing:
-                stack.enter_context(checkpointed_blocks(network.diffusion_model))
+            for module in self._checkpointable[: self._checkpointed]:
+                stack.enter_context(checkpointed_blocks(module))
             stack.enter_context(training_flag())
             stack.callback(self._patcher.cleanup)
             self._patcher.pre_run()
@@ -125,12 +170,16 @@ class ComfyModel:
         A weight that was moved or freed in between would be wrong, or missing, in the backward pass.
         """
         patchers = [self._patcher, self._clip.patcher]
+        if all(map(_loaded, patchers)):  # as after a preview: loading again would empty the cache of the allocator
+            return
         try:
-            comfy.model_management.load_models_gpu(patchers, memory_required=int(1e20), force_full_load=True)
-            complete = all(patcher.loaded_size() >= patcher.model_size() for patcher in patchers)
-        except torch.OutOfMemoryError:
-            complete = False
-        if not complete:
+            # Where nodes load them too. Moved outside of it, weights made in it would no longer work in either.
+            with torch.inference_mode():
+                comfy.model_management.load_models_gpu(patchers, memory_required=int(1e20), force_full_load=True)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if not all(map(_loaded, patchers)):
             needed, free = (
                 f"{size / 2**30:.1f} GB" for size in (sum(p.model_size() for p in patchers), self.free_memory())
             )
@@ -159,12 +208,14 @@ class ComfyModel:
         return [*self._patcher.model.parameters(), *self._clip.cond_stage_model.parameters()]
 
     def enable_gradient_checkpointing(self) -> bool:
-        if self._checkpointing:
+        """First the text encoders: ComfyUI computes them in float32, and autograd keeps a copy of every weight."""
+        if self._checkpointed == len(self._checkpointable):
             return False
-        self._checkpointing = True
-        self._contexts.enter_context(checkpointed_blocks(self._patcher.model.diffusion_model))
-        comfy.model_management.soft_empty_cache()
-        logging.info("Textual inversion: memory is short, so gradient checkpointing is on.")
+        part = ("the text encoders", "the diffusion model")[self._checkpointed]
+        self._checkpointed += 1
+        with self.paused():  # which also frees what a step that failed has kept
+            comfy.model_management.soft_empty_cache()
+        logging.info("Textual inversion: memory is short, so gradient checkpointing is on for %s.", part)
         return True
 
     # Prompts ------------------------------------------------------------------------------------
@@ -206,14 +257,15 @@ class ComfyModel:
         return latents
 
     def encode_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> Conditioning:
-        return encode(with_embeddings(self._clip, *embeddings), prompts)
+        clip = with_embeddings(self._clip, *moved(embeddings, self._clip.patcher.load_device))
+        return encode(clip, prompts, self.device)
 
     def text_outputs(self, prompts: Sequence[str], *embeddings: Embedding) -> list[Tensor]:
         return [encoded["cross_attn"][0] for encoded in self.encode_prompts(prompts, *embeddings)]
 
     def sample_sigmas(self, quantiles: Tensor) -> Tensor:
         sigmas = self._patcher.model.model_sampling.sigmas
-        return sigmas.to(self.device)[(quantiles * len(sigmas)).long().to(self.device)]
+        return to_device(sigmas, self.device)[to_device((quantiles * len(sigmas)).long(), self.device)]
 
     def add_noise(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
         return self._patcher.model.model_sampling.noise_scaling(sigmas, noise, latents)
@@ -222,7 +274,9 @@ class ComfyModel:
         inputs = [self._inputs(noised[row : row + 1], condition) for row, condition in enumerate(conditioning)]
         denoised: dict[int, Tensor] = {}
         for rows in _alike(inputs):
-            out = self._apply(noised[rows], sigmas[rows], comfy.samplers.cond_cat([inputs[row] for row in rows]))
+            # Taken row by row: a list of numbers as an index would be copied to the device.
+            x, levels = (torch.cat([tensor[row : row + 1] for row in rows]) for tensor in (noised, sigmas))
+            out = self._apply(x, levels, comfy.samplers.cond_cat([inputs[row] for row in rows]))
             denoised |= zip(rows, out.split(1), strict=True)
         return torch.cat([denoised[row] for row in range(len(inputs))])
 
@@ -242,7 +296,7 @@ class ComfyModel:
     def _apply(self, noised: Tensor, sigmas: Tensor, inputs: dict[str, Any]) -> Tensor:
         inputs["transformer_options"] = {
             **self._options["transformer_options"],
-            "optimized_attention_override": _pytorch_attention,
+            "optimized_attention_override": _differentiable_attention,
             "cond_or_uncond": [0] * len(noised),
             "sigmas": sigmas,
         }
@@ -264,10 +318,10 @@ class ComfyModel:
             with torch.no_grad():
                 conditioning = self.encode_prompts([prompt], embedding)
                 sigmas = self.sample_sigmas(torch.tensor([0.5]))
-                self.denoise(latent[None].to(self.device), sigmas, conditioning)
-        except torch.OutOfMemoryError:
-            raise
+                self.denoise(to_device(latent[None], self.device), sigmas, conditioning)
         except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 "CLIP and MODEL do not belong together: connect both from the same Load Checkpoint, or the "
                 f"text encoder made for this model. ({type(error).__name__}: {error})"

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
-from torch.utils.dlpack import from_dlpack
 
 
 @contextmanager
 def ordinary_weights(module: nn.Module) -> Iterator[None]:
     """Weights loaded under inference mode cannot be saved for backward; a view of the same memory can.
 
-    ComfyUI runs every node under ``torch.inference_mode``. A tensor taken through DLPack shares
-    the memory and forgets where it was made. On leaving, the module has its own tensors back.
+    ComfyUI runs every node under ``torch.inference_mode``. What was made there has no version counter, not even
+    after ``parameter.data = ...`` has moved it to another device. On leaving, the module has its own tensors back.
     """
     # Object patches of ComfyUI's ModelPatcher do not do: they go in before the weights are loaded and patched.
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -29,13 +28,23 @@ def ordinary_weights(module: nn.Module) -> Iterator[None]:
         for part in module.modules():
             for store in (part._parameters, part._buffers):
                 for name, tensor in store.items():
-                    if tensor is not None and tensor.is_inference():
+                    if tensor is not None and not _has_version(tensor):
                         replaced.append((store, name, tensor))
                         store[name] = _ordinary(tensor)  # type: ignore[assignment]
         yield
     finally:
         for store, name, tensor in replaced:
             store[name] = tensor
+
+
+def _has_version(tensor: Tensor) -> bool:
+    """Whether autograd can tell if the tensor was changed since it was saved."""
+    if is_traceable_wrapper_subclass(tensor):
+        return all(_has_version(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    try:
+        return tensor._version >= 0
+    except RuntimeError:  # "Inference tensors do not track version counter"
+        return False
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
@@ -54,9 +63,9 @@ def _ordinary(tensor: Tensor) -> Tensor:
 
 
 def _same_memory(tensor: Tensor) -> Tensor:
-    if tensor.dtype.itemsize == 1:  # DLPack has no name for every 8-bit float
-        return from_dlpack(tensor.detach().view(torch.uint8)).view(tensor.dtype)
-    return from_dlpack(tensor.detach())
+    # Not through DLPack: it refuses devices that are not the current one, and Macs before late 2025.
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 # Quantised layouts whose product knows no backward pass: ComfyUI's kernels take their weights one way round only.
@@ -147,7 +156,8 @@ def _recomputed(forward, *args, **kwargs):
 
     snapshot = [dict(value) if isinstance(value, dict) else value for value in args]
     named = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-    return checkpoint(functools.partial(run, **named), *snapshot, use_reentrant=False)
+    no_dropout = {"preserve_rng_state": False, "use_reentrant": False}
+    return checkpoint(functools.partial(run, **named), *snapshot, **no_dropout)
 
 
 def _fresh(value: Any) -> Any:

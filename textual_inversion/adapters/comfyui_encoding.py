@@ -1,21 +1,35 @@
 """Prompts through the text encoders of a CLIP: as ComfyUI encodes them, but all at once."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.sd import CLIP
 from comfy.sd1_clip import SDClipModel
 from torch import Tensor
 
+from ..devices import to_device
+from ..embedding import Embedding
 from .comfyui_tokens import text_encoders
 
 Row = list[Any]  # the tokens of a section: numbers, and vectors in their midst
 
 
-def encode(clip: CLIP, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """The conditioning of each prompt, differentiable; distinct ones are encoded once.
+def moved(embeddings: Sequence[Embedding], device: torch.device) -> list[Embedding]:
+    """The same vectors on ``device``, differentiable, in one copy there and one copy back."""
+    vectors = [tensor for embedding in embeddings for tensor in embedding.vectors.values()]
+    if all(tensor.device == device for tensor in vectors):
+        return list(embeddings)
+    joined = to_device(torch.cat([tensor.flatten() for tensor in vectors]), device)
+    parts = iter(joined.split([tensor.numel() for tensor in vectors]))
+    return [embedding.mapped(lambda tensor: next(parts).view(tensor.shape)) for embedding in embeddings]
+
+
+def encode(clip: CLIP, prompts: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
+    """The conditioning of each prompt on ``device``, differentiable; distinct ones are encoded once.
 
     Families differ in what they do with the outputs of their encoders. So their own code runs for every
     prompt, as in ``CLIP.encode_from_tokens``; it finds the encoders' outputs made already, in one pass
@@ -28,14 +42,26 @@ def encode(clip: CLIP, prompts: Sequence[str]) -> list[dict[str, Any]]:
         encoder.set_clip_options({"layer": clip.layer_idx})
     encoder.set_clip_options({"execution_device": clip.patcher.load_device})
     tokens = {prompt: clip.tokenize(prompt) for prompt in dict.fromkeys(prompts)}
-    for part in text_encoders(clip):
-        sections = [section for parts in tokens.values() for section in _unweighted(parts.get(part.name, []))]
-        _encode_ahead(part.model, sections)
     encoded = {}
-    for prompt, parts in tokens.items():
-        cross_attn, pooled, *extra = encoder.encode_token_weights(parts)
-        encoded[prompt] = {"cross_attn": cross_attn, "pooled_output": pooled, **(extra[0] if extra else {})}
+    with comfy.model_management.cuda_device_context(clip.patcher.load_device), _outputs_on(device):
+        for part in text_encoders(clip):
+            sections = [section for parts in tokens.values() for section in _unweighted(parts.get(part.name, []))]
+            _encode_ahead(part.model, sections)
+        for prompt, parts in tokens.items():
+            cross_attn, pooled, *extra = encoder.encode_token_weights(parts)
+            encoded[prompt] = {"cross_attn": cross_attn, "pooled_output": pooled, **(extra[0] if extra else {})}
     return [encoded[prompt] for prompt in prompts]
+
+
+@contextmanager
+def _outputs_on(device: torch.device) -> Iterator[None]:
+    """Between nodes ComfyUI keeps conditioning on the CPU. There and back stops the device twice a prompt."""
+    before = comfy.model_management.intermediate_device
+    comfy.model_management.intermediate_device = lambda: device
+    try:
+        yield
+    finally:
+        comfy.model_management.intermediate_device = before
 
 
 def _with_own_encoders(clip: CLIP) -> CLIP:

@@ -19,6 +19,7 @@ from diffusers.loaders.single_file_utils import (
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+from ..devices import is_out_of_memory
 from ..embedding import Embedding
 from ..errors import UserError
 from ..prompts import check_whole
@@ -254,9 +255,9 @@ class DiffusersModel:
             with torch.no_grad():
                 sigmas = self.sample_sigmas(torch.tensor([0.5]))
                 self.denoise(latent[None].to(self.device), sigmas, self.encode_prompts([prompt], embedding))
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 "The pipeline's text encoders and network do not belong together: load a folder whose parts are of "
                 f"one model. ({type(error).__name__}: {error})"

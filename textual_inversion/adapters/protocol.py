@@ -65,8 +65,8 @@ class TrainableModel(Protocol):
         ...
 
     def enable_gradient_checkpointing(self) -> bool:
-        """From now on the backward pass computes activations again instead of keeping them: less memory, half as
-        much time again, the same gradients. False if it was already on."""
+        """From now on the backward pass of one more part computes activations again instead of keeping them: less
+        memory, up to half as much time again, the same gradients. False if nothing is left to do so."""
         ...
 
     def vocabularies(self) -> dict[str, Vocabulary]:
