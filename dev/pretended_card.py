@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from .in_process import ROOT, comfyui_on_path, import_comfyui, import_pack
 _setup_privateuseone_for_python_backend("gpu")
 CPU, CARD = torch.device("cpu"), torch.device("gpu", 0)
 PLENTY = 2**60
+NO_VAE: Any = None  # latents are made up
 GIB = 2**30
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -171,11 +172,12 @@ COUNTER = Counter()
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes on the card of all tensors that are made while it is on: the most that were there at once."""
+    """Counts the bytes on the card beside the weights while it is on: the most that were there at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__()
         self.most = self._now = 0
+        self._weights = {weight.untyped_storage()._cdata for weight in weights}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -183,7 +185,7 @@ class Peak(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.device == CARD:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._alive:
+                if storage._cdata not in self._weights and storage._cdata not in self._alive:
                     self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
                     self._now += storage.nbytes()
         if self._now > self.most:
@@ -239,17 +241,11 @@ def pretend(base: Path) -> None:
     import comfy.model_management as management
     import comfy.ops
 
-    management.get_torch_device = lambda: CARD
-    management.get_free_memory = lambda _device=None, torch_free_too=False: (PLENTY,) * 2 if torch_free_too else PLENTY
-    management.get_total_memory = lambda _device=None, torch_total_too=False: (
-        (PLENTY,) * 2 if torch_total_too else PLENTY
-    )
-    comfy.ops.scaled_dot_product_attention = F.scaled_dot_product_attention = _attention
-    nn.Module._apply = _apply
-    for name in ("item", "__bool__", "__float__", "__int__"):
-        setattr(Tensor, name, _reads_half(getattr(Tensor, name)))
     plain_item, plain_tensor, plain_list = Tensor.__getitem__, torch.tensor, Tensor.tolist
-    FakeTensor.tolist = Tensor.tolist = lambda t: [0] * len(t) if isinstance(t, FakeTensor) else plain_list(t)
+    plain_dispatch, lock = FakeTensorMode.__torch_dispatch__, threading.RLock()
+
+    def plenty(_device=None, *more, **and_more):
+        return (PLENTY, PLENTY) if more or and_more else PLENTY
 
     def item(tensor: Tensor, index):
         """PyTorch makes tensors of lists on the device itself."""
@@ -257,28 +253,37 @@ def pretend(base: Path) -> None:
         parts = tuple(torch.tensor(part, device=tensor.device) if isinstance(part, list) else part for part in parts)
         return plain_item(tensor, parts if isinstance(index, tuple) else parts[0])
 
-    Tensor.__getitem__ = item
+    def tolist(tensor: Tensor) -> Any:
+        return [0] * len(tensor) if isinstance(tensor, FakeTensor) else plain_list(tensor)
 
-    def tensor(data, *, dtype=None, device=None, **options):
+    def tensor(data, *, dtype=None, device=None, **options) -> Tensor:
         made = plain_tensor(data, dtype=dtype, **options)
         return made if device is None else made.to(device)
-
-    torch.tensor = tensor
-    torch.autocast = lambda **_options: nullcontext()  # ComfyUI only switches it off
-    torch.amp.is_autocast_available = lambda _type: False
-
-    plain_dispatch, lock = FakeTensorMode.__torch_dispatch__, threading.RLock()
 
     def dispatch(mode, func, types, args=(), kwargs=None):
         """One thread at a time, for a backward pass has one for each device, and without numbers that are known:
         PyTorch would compute with them on a device that cannot."""
         with lock:
-            out = plain_dispatch(mode, func, types, args, kwargs)
+            out = plain_dispatch(mode, func, types, args, kwargs or {})
         if isinstance(out, FakeTensor):
             out.constant = None
         return out
 
-    FakeTensorMode.__torch_dispatch__ = dispatch
+    readers = {name: _reads_half(getattr(Tensor, name)) for name in ("item", "__bool__", "__float__", "__int__")}
+    _replace(management, get_torch_device=lambda: CARD, get_free_memory=plenty, get_total_memory=plenty)
+    _replace(comfy.ops, scaled_dot_product_attention=_attention)
+    _replace(F, scaled_dot_product_attention=_attention)
+    _replace(nn.Module, _apply=_apply)
+    _replace(Tensor, tolist=tolist, __getitem__=item, **readers)
+    _replace(FakeTensor, tolist=tolist)
+    _replace(FakeTensorMode, __torch_dispatch__=dispatch)
+    _replace(torch, tensor=tensor, autocast=lambda **_options: nullcontext())  # ComfyUI only switches that off
+    _replace(torch.amp, is_autocast_available=lambda _type: False)
+
+
+def _replace(owner: Any, **functions: Any) -> None:
+    for name, function in functions.items():
+        setattr(owner, name, function)
 
 
 @contextmanager
@@ -352,6 +357,7 @@ def full_size(name: str, size: Size) -> tuple[Any, Any]:
 
     family = NAMED[name]
     weights, computes = (getattr(torch, kind) for kind in (size.weights, size.computes or size.weights))
+    tokenizer_data = family.tokenizer_data()
     with torch.inference_mode(False), MODE:
         config = family.model({**family.unet, **size.unet, "dtype": weights})
         config.set_inference_dtype(weights, computes if computes != weights else None)
@@ -359,7 +365,7 @@ def full_size(name: str, size: Size) -> tuple[Any, Any]:
         model = comfy.model_patcher.CoreModelPatcher(network, load_device=CPU, offload_device=CPU)
         clip = comfy.sd.CLIP(
             ClipTarget(family.tokenizer, family.encoder),
-            tokenizer_data=family.tokenizer_data(),
+            tokenizer_data=tokenizer_data,
             model_options={"dtype": getattr(torch, size.encoder_weights)},
         )
     return model, clip
@@ -375,7 +381,7 @@ def memory_of_a_step(name: str, pixels: int, rows: int, size: Size) -> dict[str,
     graph = full_size(name, size)
     found: dict[str, Any] = {"family": name, "pixels": pixels, "rows": rows}
     with on_the_card(*graph):
-        ours = ComfyModel(*graph, None)
+        ours = ComfyModel(*graph, vae=NO_VAE)
         batch, tokens = example(ours, pixels, rows)
         with ours.training() as model:
             for part, patcher in (("network", graph[0]), ("encoders", graph[1].patcher)):
@@ -386,7 +392,7 @@ def memory_of_a_step(name: str, pixels: int, rows: int, size: Size) -> dict[str,
                     assert model.enable_gradient_checkpointing()
                 kept = kept_bytes(lambda: batch_loss(model, tokens.embeddings, batch), model.weights())
                 found[way] = kept / GIB
-            with torch.autograd.set_multithreading_enabled(False), Peak() as peak:
+            with torch.autograd.set_multithreading_enabled(False), Peak(model.weights()) as peak:
                 Gradients(model, tokens).compute([batch])
             found["peak"] = peak.most / GIB  # in the last way, which keeps little beside the block that it recomputes
     return {name: round(value, 2) if isinstance(value, float) else value for name, value in found.items()}

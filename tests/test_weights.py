@@ -20,6 +20,8 @@ from comfyui_pack import weights_hash
 from families import NAMED, agrees, build, gradients
 from torch import nn
 
+from textual_inversion import UserError
+from textual_inversion.adapters.comfyui import ComfyModel, _differentiable_attention
 from textual_inversion.adapters.comfyui_autograd import ordinary_weights
 from textual_inversion.adapters.comfyui_tokens import vocabularies
 
@@ -239,3 +241,74 @@ def test_weights_with_attributes_keep_them():
         assert not layer.weight.is_inference()
         assert layer.weight.data_ptr() == before.data_ptr()
     assert layer.weight is before
+
+
+@pytest.mark.parametrize("name", ["SD1", "SDXL", "Flux.1 dev", "Z-Image"])
+def test_gradient_where_weights_are_moved_to_the_device(name):
+    """As on every card without dynamic VRAM: here to a second name of the CPU. Afterwards the graph still draws."""
+    family = NAMED[name]
+    graph = build(family)
+    before = weights_hash(graph[0].model, graph[1].cond_stage_model)
+    for patcher in (graph[0], graph[1].patcher):
+        patcher.detach()
+        patcher.load_device, patcher.offload_device = torch.device("cpu", 0), torch.device("cpu")
+    found, word, batch = gradients(family, graph)
+    assert agrees(graph, word, batch, found)
+    assert weights_hash(graph[0].model, graph[1].cond_stage_model) == before
+    shape = batch.latents.shape[1:]
+    assert torch.isfinite(ComfyModel(*graph).generate("a photo of S*", word.snapshot(), shape, 0, 1, 2.0)).all()
+
+
+@pytest.mark.parametrize("kind", ["float32", "float8_e4m3fn", "Parameter", "buffer"])
+def test_weights_that_were_moved_can_be_saved_for_backward(kind):
+    """Made under inference mode and moved outside of it, they are no inference tensors and yet have no version."""
+    layer = nn.Linear(4, 4).requires_grad_(False)
+    with torch.inference_mode():
+        if kind == "buffer":
+            layer.register_buffer("weight_2", torch.randn(4, 4))
+        layer.weight = nn.Parameter(torch.randn(4, 4).to(getattr(torch, kind, torch.float32)), requires_grad=False)
+        moved = torch.randn(4, 4).to(layer.weight.dtype)
+    layer.weight.data = moved
+    pointers = [tensor.data_ptr() for tensor in layer.state_dict().values()]
+    with ordinary_weights(layer):
+        assert [tensor.data_ptr() for tensor in layer.state_dict().values()] == pointers
+        assert all(tensor._version >= 0 for tensor in [*layer.parameters(), *layer.buffers()])
+        x = torch.randn(2, 4, requires_grad=True)
+        (F.linear(x, layer.weight.float()) if kind.startswith("float8") else layer(x)).sum().backward()
+        assert x.grad is not None
+
+
+def test_attention_that_a_device_needs_stays(monkeypatch):
+    """Sub-quadratic on Macs, and on AMD cards without PyTorch's kernels; flash and sage have no backward pass."""
+    family = NAMED["SD1"]
+    graph = build(family)
+    plain = gradients(family, graph)[0]
+    used = []
+
+    def look(chosen, *args, **kwargs):
+        used.append(chosen.__name__)
+        return chosen(*args, **kwargs)
+
+    monkeypatch.setattr("textual_inversion.adapters.comfyui._differentiable_attention", look)
+    for one, other in zip(gradients(family, graph)[0], plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    assert set(used) == {"attention_sub_quad"}
+    card = torch.zeros(1, device="meta")
+    chosen = []
+    for name in ("attention_sub_quad", "attention_split", "attention_flash", "attention_sage", "attention_pytorch"):
+
+        def attention(_q, name=name):
+            chosen.append(name)
+
+        attention.__name__ = name
+        monkeypatch.setattr("comfy.ldm.modules.attention.attention_pytorch", lambda _q: chosen.append("pytorch"))
+        _differentiable_attention(attention, card)
+    assert chosen == ["attention_sub_quad", "attention_split", "pytorch", "pytorch", "pytorch"]
+
+
+def test_dynamic_vram_without_a_way_to_load_again_is_refused(monkeypatch):
+    """As with the loaders of other packs."""
+    graph = build(NAMED["SD1"])
+    monkeypatch.setattr(type(graph[0]), "is_dynamic", lambda _patcher: True)
+    with pytest.raises(UserError, match=r"MODEL and CLIP cannot be loaded a second time.*--disable-dynamic-vram"):
+        ComfyModel(*graph)

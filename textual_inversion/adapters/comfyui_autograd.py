@@ -156,8 +156,8 @@ def _recomputed(forward, *args, **kwargs):
 
     snapshot = [dict(value) if isinstance(value, dict) else value for value in args]
     named = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-    no_dropout = {"preserve_rng_state": False, "use_reentrant": False}
-    return checkpoint(functools.partial(run, **named), *snapshot, **no_dropout)
+    frozen = functools.partial(run, **named)
+    return checkpoint(frozen, *snapshot, use_reentrant=False, preserve_rng_state=False)  # nothing draws numbers
 
 
 def _fresh(value: Any) -> Any:
