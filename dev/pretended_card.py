@@ -358,27 +358,33 @@ def full_size(name: str, size: Size) -> tuple[Any, Any]:
     family = NAMED[name]
     weights, computes = (getattr(torch, kind) for kind in (size.weights, size.computes or size.weights))
     tokenizer_data = family.tokenizer_data()
+
+    def tokenizer(**options):
+        with unset_fake_temporarily():  # some are made of the bytes of a tensor
+            return family.tokenizer(**options)
+
     with torch.inference_mode(False), MODE:
         config = family.model({**family.unet, **size.unet, "dtype": weights})
         config.set_inference_dtype(weights, computes if computes != weights else None)
         network = config.get_model({}, "")
         model = comfy.model_patcher.CoreModelPatcher(network, load_device=CPU, offload_device=CPU)
         clip = comfy.sd.CLIP(
-            ClipTarget(family.tokenizer, family.encoder),
+            ClipTarget(tokenizer, family.encoder),
             tokenizer_data=tokenizer_data,
             model_options={"dtype": getattr(torch, size.encoder_weights)},
         )
     return model, clip
 
 
-def memory_of_a_step(name: str, pixels: int, rows: int, size: Size) -> dict[str, Any]:
+def memory_of_a_step(name: str, pixels: int | None, rows: int) -> dict[str, Any]:
     """GiB of the weights, and of what a step keeps with nothing, the text encoders, everything checkpointed."""
     from textual_inversion.adapters.comfyui import ComfyModel
     from textual_inversion.gradients import Gradients
     from textual_inversion.memory import kept_bytes, step_bytes
     from textual_inversion.objective import batch_loss
 
-    graph = full_size(name, size)
+    size = SIZES[name]
+    pixels, graph = pixels or size.pixels, full_size(size.family or name, size)
     found: dict[str, Any] = {"family": name, "pixels": pixels, "rows": rows}
     with on_the_card(*graph):
         ours = ComfyModel(*graph, vae=NO_VAE)
@@ -411,11 +417,7 @@ def main() -> None:
         from families import NAMED
 
         for name in args.families or (SIZES if args.what == "memory" else NAMED):
-            if args.what == "step":
-                found = copies_in_a_step(name)
-            else:
-                size = SIZES[name]
-                found = memory_of_a_step(size.family or name, args.pixels or size.pixels, args.rows, size)
+            found = copies_in_a_step(name) if args.what == "step" else memory_of_a_step(name, args.pixels, args.rows)
             print(json.dumps(found), flush=True)
             gc.collect()
 

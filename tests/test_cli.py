@@ -1,6 +1,7 @@
 """The command line as a user types it, on the demo model as a diffusers folder."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def test_train_then_draw(model, tmp_path):
     assert '"seed": 3' in word.metadata["settings"]
     assert "4/4" in done.stderr
     assert "Loss on fixed noise" in done.stderr
+    assert re.search(r"a batch of 4 takes about \d+\.\d GB beside the model's \d+\.\d GB", done.stderr)
 
     done = call("generate", "--model", model, "--embedding", path, "--prompt", "a photo of {} in the snow",
                 "--width", 64, "--height", 64, "--steps", 4, folder=tmp_path)  # fmt: skip
@@ -116,3 +118,11 @@ def test_help_is_the_settings_own(tmp_path):
     for name, explanation in field_help(TrainConfig).items():
         assert f"--{name.replace('_', '-')}" in text
         assert explanation.split(".")[0] in text
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cuda7", "xyz"])
+def test_a_device_that_is_not_there(model, tmp_path, device):
+    done = call("train", "--model", model, "--images", PICTURES, "--device", device, folder=tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: This machine has no device '{device}' that PyTorch can use: choose from cpu")

@@ -1,5 +1,6 @@
 """The engine on the command line, with a diffusers pipeline: ``python -m textual_inversion --help``."""
 
+import logging
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from . import formats, inspection
 from .adapters.diffusers_pipeline import DiffusersModel
 from .config import TrainConfig
 from .dataset import GRID, make_dataset
+from .devices import fastest_dtype, usable_device
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped, UserError
 from .formats import FormatName
@@ -45,13 +47,14 @@ class Pipeline:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to compute: cpu, cuda, cuda:1, mps."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the model. The vectors are always float32."""
+    dtype: Literal["automatic", "float32", "bfloat16", "float16"] = "automatic"
+    """Precision of the model; the vectors are always float32. automatic: bfloat16 on a card that computes in it,
+    float16 on an older one, float32 elsewhere."""
 
     def load(self, gradient_checkpointing: bool = False) -> DiffusersModel:
-        return DiffusersModel.load(
-            self.model, self.config, getattr(torch, self.dtype), self.device, gradient_checkpointing
-        )
+        device = usable_device(self.device)
+        dtype = fastest_dtype(device) if self.dtype == "automatic" else getattr(torch, self.dtype)
+        return DiffusersModel.load(self.model, self.config, dtype, device, gradient_checkpointing)
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,9 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Exit codes: 0 done, 1 an input or model that cannot be used, 2 a wrong command line, 130 interrupted."""
+    logger = logging.getLogger(__package__)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler())
     try:
         app.cli(prog="textual_inversion", description="Teach an image model a new word from a few pictures.")
     except (UserError, TrainingError, OSError) as error:

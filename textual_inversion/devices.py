@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 # How it is said where there is no error class for it: MPS, XPU, HIP, cuBLAS, ComfyUI's allocator, the CPU's.
 OUT_OF_MEMORY_TEXTS = (
@@ -14,6 +16,25 @@ OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory",
     "cannot allocate memory",
 )
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name. Raises UserError where there is none here."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        known = ", ".join(["cpu", *cards, *(["mps"] if torch.backends.mps.is_available() else [])])
+        raise UserError(f"This machine has no device {name!r} that PyTorch can use: choose from {known}.") from error
+    return device
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a card that computes in it, float16 on an older one, float32 elsewhere."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """The memory of a training step: counted before the first one runs, and what to do when it runs out."""
 
+import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from .errors import TrainingError, TrainingStopped
 from .objective import batch_loss
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # On top of what the forward pass keeps: the gradients of one block at a time.
 MARGIN = 1.1
@@ -68,15 +70,20 @@ def checkpoint_everything(model: TrainableModel) -> bool:
 
 def enable_checkpointing_if_needed(
     model: TrainableModel, embeddings: Sequence[Embedding], batches: Sequence[Batch], batch_size: int
-) -> int:
-    """Checkpoints one part of the model after the other until a step fits in what is free.
+) -> None:
+    """Checkpoints one part of the model after the other until a step of ``batch_size`` rows fits in what is free.
 
-    Returns the bytes that a step of ``batch_size`` rows of the largest shape then takes beside the weights.
+    Logs what it takes, which does not count the one block that is recomputed at a time.
     """
     while (needed := step_bytes(model, embeddings, batches, batch_size)) > model.free_memory():
         if not model.enable_gradient_checkpointing():
             break
-    return needed
+    weights = sum(weight.nbytes for weight in model.weights())
+    logger.info(
+        "Textual inversion: a batch of %d takes about %.1f GB beside the model's %.1f GB; %.1f GB are free.",
+        batch_size,
+        *(size / 2**30 for size in (needed, weights, model.free_memory())),
+    )
 
 
 def step_bytes(

@@ -1,13 +1,13 @@
 """A diffusers pipeline as a DiffusionModel, for scripts and clusters without ComfyUI."""
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
@@ -158,7 +158,7 @@ class DiffusersModel:
 
     def free_memory(self) -> float:
         if self.device.type != "cuda":
-            return math.inf
+            return psutil.virtual_memory().available
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + unused
 
