@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup comfyui browser demo test lint format clean
+.PHONY: setup comfyui browser demo test gpu lint format clean
 
 setup: comfyui browser
 
@@ -32,6 +32,9 @@ demo: setup
 
 test: setup
 	@$(PYTHON) -m pytest
+
+gpu: comfyui
+	@$(PYTHON) -m benchmarks.gpu
 
 lint: comfyui
 	@$(PYTHON) -m ruff check

@@ -1,4 +1,4 @@
-"""A real, headless ComfyUI on the CPU with this pack and the demo model in it.
+"""A real, headless ComfyUI with this pack and the demo model in it.
 
     with ComfyServer() as server:
         run = server.run(prompt)            # a graph in ComfyUI's API format
@@ -63,12 +63,14 @@ class ComfyServer:
         pack_name: str = PACK_NAME,
         packs: Mapping[str, Path] = MappingProxyType({}),
         checkpoints: Sequence[Path] = (),
+        options: Sequence[str] = ("--cpu",),
     ) -> None:
         """`pack_name`: the folder in custom_nodes that this repository appears as.
 
         `packs` (more folders in custom_nodes, by name) and `checkpoints` come on top of the demo's.
+        `options` of ComfyUI itself say what it runs on.
         """
-        self.pack_name = pack_name
+        self.pack_name, self.options = pack_name, options
         self.packs = {pack_name: ROOT, DEMO_PACK_NAME: ROOT / "demo/comfyui_pack", **packs}
         self.checkpoints = [*(ROOT / "demo/models").glob("toy.safetensors"), *checkpoints]
         self.http = requests.Session()
@@ -214,7 +216,7 @@ class ComfyServer:
     def _launch(self) -> None:
         """Start ComfyUI through comfy-cli, in a session of its own: Ctrl-C is ours to handle."""
         command, environment = comfy_cli(self.base / "home")
-        command += ["--workspace", str(comfyui_path()), "launch", "--", "--cpu"]
+        command += ["--workspace", str(comfyui_path()), "launch", "--", *self.options]
         command += ["--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--disable-api-nodes", "--disable-auto-launch", "--disable-all-custom-nodes"]

@@ -40,14 +40,17 @@ def comfyui_on_path() -> None:
         sys.path.insert(0, folder)
 
 
-def import_comfyui(base: Path) -> None:
-    """ComfyUI on the CPU, with its models, input and output folders below ``base``; once a process."""
+def import_comfyui(base: Path, device: str = "cpu") -> None:
+    """ComfyUI, with its models, input and output folders below ``base``; once a process.
+
+    On a card it runs without dynamic VRAM, which only its server can start.
+    """
     comfyui_on_path()
     from comfy.cli_args import args  # reads no command line unless main.py tells it to
 
     if args.base_directory:
         return
-    args.cpu = True
+    args.cpu, args.disable_dynamic_vram = device == "cpu", True
     args.base_directory = str(base)
     for folder in ("custom_nodes", "models/checkpoints", "models/embeddings", "input", "output"):
         (base / folder).mkdir(parents=True, exist_ok=True)

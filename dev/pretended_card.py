@@ -16,9 +16,9 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from benchmarks.full_size import SIZES as FULL
+from benchmarks.full_size import SIZES, Size
 
 from .get_comfyui import comfyui_path
 from .in_process import ROOT, comfyui_on_path, import_comfyui, import_pack
@@ -42,84 +42,6 @@ PLENTY = 2**60
 NO_VAE: Any = None  # latents are made up
 GIB = 2**30
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
-
-
-@dataclass(frozen=True)
-class Size:
-    """A family as it is published."""
-
-    unet: Mapping[str, Any]
-    pixels: int = 1024
-    weights: str = "bfloat16"
-    computes: str = ""
-    """The same, unless said."""
-    encoder_weights: str = "float16"
-    family: str = ""
-    """Name in tests/families.py where it differs."""
-
-
-FLUX = {"vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072, "num_heads": 24}
-FLUX |= {"depth": 19, "depth_single_blocks": 38}
-SD2 = {"context_dim": 1024, "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True}
-LUMINA = {"n_refiner_layers": 2}
-AURA = {"dim": 3072, "n_layers": 36, "n_double_layers": 4, "n_heads": 12}
-AURA |= {"global_conddim": 3072, "cond_seq_dim": 2048}
-SIZES = {
-    "SD1": Size(FULL["SD1"], 512, "float16"),
-    "SD2": Size(
-        FULL["SD1"]
-        | {"context_dim": 1024, "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True},
-        768,
-        "float16",
-    ),
-    "SDXL": Size(FULL["SDXL"], 1024, "float16"),
-    "SD3.5 medium": Size(
-        {
-            "depth": 24,
-            "adm_in_channels": 2048,
-            "num_patches": 384**2,
-            "pos_embed_max_size": 384,
-            "x_block_self_attn_layers": list(range(13)),
-            "context_embedder_config": {
-                "target": "torch.nn.Linear",
-                "params": {"in_features": 4096, "out_features": 1536},
-            },
-        },
-        family="SD3, SD3.5",
-    ),
-    "Flux.1 dev": Size(FLUX),
-    "Flux.1 dev, fp8": Size(FLUX, 512, "float8_e4m3fn", "bfloat16", "float8_e4m3fn", "Flux.1 dev"),
-    "Flux.2 Klein 4B": Size(
-        {"context_in_dim": 3 * 2560, "hidden_size": 3072, "num_heads": 24, "depth": 5, "depth_single_blocks": 20}
-    ),
-    "Flux.2 Klein 9B": Size(
-        {"context_in_dim": 3 * 4096, "hidden_size": 4096, "num_heads": 32, "depth": 8, "depth_single_blocks": 24}
-    ),
-    "PixArt sigma": Size({"depth": 28, "model_max_length": 300}, weights="float16"),
-    "HunyuanVideo 1": Size(
-        {"context_in_dim": 4096, "hidden_size": 3072, "num_heads": 24, "depth": 20, "depth_single_blocks": 40}, 512
-    ),
-    "Z-Image": Size(
-        {"dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560}
-    ),
-    "Lumina 2": Size(LUMINA | {"dim": 2304, "n_layers": 26, "n_heads": 24, "n_kv_heads": 8, "cap_feat_dim": 2304}),
-    "Qwen-Image": Size({"num_layers": 60, "num_attention_heads": 24, "joint_attention_dim": 3584}),
-    "Wan 2.1 1.3B": Size(
-        {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}, 512, family="Wan 2.1 (pictures)"
-    ),
-    "AuraFlow": Size(
-        {
-            "dim": 3072,
-            "n_layers": 36,
-            "n_double_layers": 4,
-            "n_heads": 12,
-            "global_conddim": 3072,
-            "cond_seq_dim": 2048,
-        },
-        weights="float16",
-    ),
-    "Anima": Size({"model_channels": 2048, "num_blocks": 28, "num_heads": 16, "adaln_lora_dim": 256}),
-}
 
 
 # Python reading numbers ---------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models as models
@@ -356,8 +357,8 @@ def _model(family: Family, dtype: torch.dtype, seed: int):
     network = config.get_model(dict(family.marks), "")
     randomise(network.diffusion_model, seed)
     if not family.loader:
-        cpu = torch.device("cpu")
-        return comfy.model_patcher.CoreModelPatcher(network, load_device=cpu, offload_device=cpu)
+        device, offload = comfy.model_management.get_torch_device(), torch.device("cpu")
+        return comfy.model_patcher.CoreModelPatcher(network, load_device=device, offload_device=offload)
     state = {key: value.clone() for key, value in network.diffusion_model.state_dict().items()}
     loaded = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype})
     assert loaded is not None
