@@ -326,12 +326,19 @@ def memory_of_a_step(name: str, pixels: int | None, rows: int) -> dict[str, Any]
     return {name: round(value, 2) if isinstance(value, float) else value for name, value in found.items()}
 
 
+def table_row(found: dict[str, Any]) -> str:
+    weights = f"{found['network']:.1f} + {found['encoders']:.1f}"
+    kept = (f"{found[way]:.1f}" for way in ("plain", "encoders checkpointed", "peak"))
+    return f"| {found['family']} | {found['pixels']} | {weights} | {' | '.join(kept)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["step", "memory"])
     parser.add_argument("families", nargs="*", help="default: all; names of SIZES for memory")
     parser.add_argument("--pixels", type=int, help="default: what the family was trained on")
     parser.add_argument("--rows", type=int, default=4, help="of a batch")
+    parser.add_argument("--markdown", action="store_true", help="memory as a row of the table of docs/models.md")
     args = parser.parse_args()
     sys.path.append(str(ROOT / "tests"))
     with tempfile.TemporaryDirectory(prefix="comfyui-") as base:
@@ -340,7 +347,7 @@ def main() -> None:
 
         for name in args.families or (SIZES if args.what == "memory" else NAMED):
             found = copies_in_a_step(name) if args.what == "step" else memory_of_a_step(name, args.pixels, args.rows)
-            print(json.dumps(found), flush=True)
+            print(table_row(found) if args.markdown else json.dumps(found), flush=True)
             gc.collect()
 
 

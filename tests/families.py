@@ -114,7 +114,7 @@ class Family:
 
 
 FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 32, "context_in_dim": 64}
-FLUX |= {"hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1, "depth": 1, "depth_single_blocks": 1, "theta": 10000}
+FLUX |= {"hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1, "depth": 2, "depth_single_blocks": 2, "theta": 10000}
 FLUX |= {"axes_dim": [16, 56, 56], "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": []}
 FLUX2 = FLUX | {"image_model": "flux2", "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "theta": 2000}
 FLUX2 |= {"context_in_dim": 3 * 64, "mlp_ratio": 3.0, "axes_dim": [32, 32, 32, 32], "txt_ids_dims": [3]}
@@ -124,7 +124,7 @@ HUNYUAN = FLUX | {"image_model": "hunyuan_video", "patch_size": [1, 2, 2], "vec_
 HUNYUAN |= {"meanflow": False, "byt5": False, "use_cond_type_embedding": False, "vision_in_dim": None}
 HUNYUAN |= {"meanflow_sum": False}
 del HUNYUAN["txt_ids_dims"]
-LUMINA = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 96, "n_layers": 1, "n_heads": 1}
+LUMINA = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 96, "n_layers": 2, "n_heads": 1}
 LUMINA |= {"n_refiner_layers": 1, "n_kv_heads": 1, "axes_dims": [32, 32, 32], "axes_lens": [300, 512, 512]}
 LUMINA |= {"cap_feat_dim": 64, "qk_norm": True, "multiple_of": 32, "ffn_dim_multiplier": 4.0, "rope_theta": 10000.0}
 Z_IMAGE = LUMINA | {"axes_dims": [32, 48, 48], "dim": 256, "n_heads": 2, "n_kv_heads": 2, "rope_theta": 256.0}
@@ -143,19 +143,19 @@ SD3["context_embedder_config"] = {
     "target": "torch.nn.Linear",
     "params": {"in_features": 4096, "out_features": 128},
 }
-PIXART = {"num_heads": 16, "patch_size": 2, "hidden_size": 1152, "in_channels": 4, "depth": 1}
+PIXART = {"num_heads": 16, "patch_size": 2, "hidden_size": 1152, "in_channels": 4, "depth": 2}
 PIXART |= {"model_max_length": 120, "input_size": 64, "pe_interpolation": 1}
 ANIMA = {"image_model": "anima", "max_img_h": 240, "max_img_w": 240, "max_frames": 128}
 ANIMA |= {"in_channels": 16, "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1}
-ANIMA |= {"model_channels": 64, "num_blocks": 1, "num_heads": 1, "use_adaln_lora": True, "adaln_lora_dim": 32}
+ANIMA |= {"model_channels": 64, "num_blocks": 2, "num_heads": 1, "use_adaln_lora": True, "adaln_lora_dim": 32}
 ANIMA |= {"pos_emb_cls": "rope3d", "pos_emb_learnable": True, "rope_enable_fps_modulation": False}
 ANIMA |= {"rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0}
 HIDREAM = {"image_model": "hidream", "axes_dims_rope": [64, 32, 32], "caption_channels": [64, 64], "in_channels": 16}
-HIDREAM |= {"out_channels": 16, "patch_size": 2, "num_attention_heads": 1, "num_layers": 1, "num_single_layers": 1}
-HIDREAM |= {"max_resolution": [128, 128], "text_emb_dim": 80, "llama_layers": [0, 1]}
+HIDREAM |= {"out_channels": 16, "patch_size": 2, "num_attention_heads": 1, "num_layers": 2, "num_single_layers": 2}
+HIDREAM |= {"max_resolution": [128, 128], "text_emb_dim": 80, "llama_layers": [0, 1, 0, 1]}
 HIDREAM["num_activated_experts"] = 4  # all there are: of 2 the choice jumps, and finite differences with it
-QWEN = {"image_model": "qwen_image", "num_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 64}
-WAN = {"image_model": "wan2.1", "model_type": "t2v", "dim": 128, "ffn_dim": 128, "num_heads": 1, "num_layers": 1}
+QWEN = {"image_model": "qwen_image", "num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64}
+WAN = {"image_model": "wan2.1", "model_type": "t2v", "dim": 128, "ffn_dim": 128, "num_heads": 1, "num_layers": 2}
 AURA = {"dim": 64, "n_layers": 2, "n_double_layers": 1, "n_heads": 2, "global_conddim": 64, "cond_seq_dim": 64}
 
 

@@ -1,11 +1,16 @@
 """What benchmarks keep of finished cells, and how they make the demo model harder."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from benchmarks.cells import add_cell, read_cells
 from benchmarks.levels import Level, harder
 from demo.measure import Bench, Concept
+from dev.in_process import ROOT
 from textual_inversion import TrainConfig, initial_embedding
 from textual_inversion.dataset import fixed_batches
 from textual_inversion.image_tokens import new_image_tokens
@@ -51,3 +56,19 @@ def test_levels_are_as_hard_as_they_say(bench, level, least, most):
         assert losses[0].mean() > 5 * plain
     else:
         assert losses[0].mean().item() == pytest.approx(plain)
+
+
+def test_the_checks_on_a_card_run_on_small_models(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--small", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--parts", "families", "steps", "memory", "server"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    rows = [row for part in ("families", "steps", "memory", "server") for row in results[part]]
+    assert len(rows) == 2 + 3 + 1 + 1
+    assert not [row for row in rows if "failed" in row]
+    assert all(row["within 1e-3"] for row in results["families"])
+    assert results["server"][0]["resumed"]
+    assert "| SDXL | 64 | 2 |" in path.with_suffix(".md").read_text()

@@ -20,7 +20,7 @@ WAITS_OF_COMFYUI = {
     "Qwen-Image": 4,
 }
 NOT_COUNTED = {"HiDream I1"}  # its experts take as many tokens as they are given: shapes depend on numbers
-GOALS = {"SD1": 8, "SDXL": 24, "Flux.1 dev, fp8": 24}  # GB of cards that train a batch of 4
+GOALS = {"SD1": 8, "SDXL": 12, "Flux.1 dev, fp8": 24}  # GB of cards that train a batch of 4
 
 
 def run(*arguments: str) -> list[dict]:

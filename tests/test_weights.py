@@ -115,14 +115,16 @@ def test_gradient_where_the_device_multiplies_quantised_numbers(format, flux, st
         assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.95
 
 
-def test_gradient_with_fast_fp8(flux, state, monkeypatch):
-    """Load Diffusion Model's fp8_e4m3fn_fast."""
+def test_gradient_with_fast_fp8(flux, state, monkeypatch, caplog):
+    """Load Diffusion Model's fp8_e4m3fn_fast, without a line of log for every layer."""
+    caplog.set_level("INFO")
     monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda *_args, **_options: True)
     family, graph = flux
     fast = load(state, dtype=torch.float8_e4m3fn, fp8_optimizations=True)
     exact = load(state, dtype=torch.float8_e4m3fn)
     for one, other in zip(*(gradients(family, (model, *graph[1:]))[0] for model in (fast, exact)), strict=True):
         assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
+    assert "fp8 op" not in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
@@ -312,3 +314,20 @@ def test_dynamic_vram_without_a_way_to_load_again_is_refused(monkeypatch):
     monkeypatch.setattr(type(graph[0]), "is_dynamic", lambda _patcher: True)
     with pytest.raises(UserError, match=r"MODEL and CLIP cannot be loaded a second time.*--disable-dynamic-vram"):
         ComfyModel(*graph)
+
+
+def test_a_preview_loads_nothing_again(monkeypatch):
+    """That would empty the cache of the allocator, and move what still fits."""
+    graph = build(NAMED["SD1"])
+    plain, loads = comfy.model_management.load_models_gpu, []
+
+    def look(models, *args, **kwargs):
+        loads.append(kwargs.get("force_full_load", False))
+        return plain(models, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", look)
+    with ComfyModel(*graph).training() as model:
+        for _ in range(2):
+            with model.paused() as paused:
+                paused.generate("a photo", None, (4, 8, 8), 0, 1, 2.0)
+    assert loads.count(True) == 1

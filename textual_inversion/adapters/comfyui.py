@@ -23,6 +23,7 @@ from ..vocabulary import Vocabulary
 from .comfyui_autograd import (
     checkpointed_blocks,
     differentiable_products,
+    differentiable_rotations,
     mutable_residuals,
     ordinary_weights,
     training_flag,
@@ -145,6 +146,7 @@ class ComfyModel:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(comfy.model_management.cuda_device_context(self.device))
             self._load()
             network, encoder = self._patcher.model, self._clip.cond_stage_model
             for module in (network, encoder):
@@ -153,6 +155,7 @@ class ComfyModel:
             for module in self._checkpointable[: self._checkpointed]:
                 stack.enter_context(checkpointed_blocks(module))
             stack.enter_context(training_flag())
+            stack.enter_context(differentiable_rotations())
             stack.callback(self._patcher.cleanup)
             self._patcher.pre_run()
             # What other nodes have put around the network, ready as for a sampler.

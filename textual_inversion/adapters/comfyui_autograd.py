@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
+import comfy.ops
+import comfy.quant_ops
+import comfy_kitchen.backends.eager.rope
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -74,8 +77,15 @@ WITHOUT_BACKWARD = {"TensorCoreConvRotW4A4Layout"}
 
 @contextmanager
 def differentiable_products(module: nn.Module) -> Iterator[None]:
-    """Makes ComfyUI dequantise weights whose quantised product has no backward pass."""
-    parts = [part for part in module.modules() if getattr(part, "layout_type", None) in WITHOUT_BACKWARD]
+    """Makes ComfyUI dequantise weights whose quantised product has no backward pass.
+
+    Its fast fp8 product has none either, which ComfyUI would find out, and log, in every layer of every step.
+    """
+
+    def without_backward(part: Any) -> bool:
+        return isinstance(part, comfy.ops.fp8_ops.Linear) or getattr(part, "layout_type", None) in WITHOUT_BACKWARD
+
+    parts = [part for part in module.modules() if without_backward(part)]
     before = [part.weight_function for part in parts]
     try:
         for part, functions in zip(parts, before, strict=True):
@@ -89,6 +99,27 @@ def differentiable_products(module: nn.Module) -> Iterator[None]:
 def _same(weight: Tensor) -> Tensor:
     """ComfyUI hands every function of a weight plain numbers."""
     return weight
+
+
+# Norms and rotations of queries and keys that comfy_kitchen does in one kernel, which has no backward pass.
+FUSED = ("rms_rope", "rms_rope1", "rms_rope_split_half", "rms_rope_split_half1")
+
+
+@contextmanager
+def differentiable_rotations() -> Iterator[None]:
+    """ComfyUI's models use comfy_kitchen's own plain version of what it does in one kernel.
+
+    Most avoid the kernel in training by themselves; Anima, for one, does not.
+    """
+    kernels: Any = comfy.quant_ops.ck
+    before = {name: getattr(kernels, name) for name in FUSED}
+    try:
+        for name in FUSED:
+            setattr(kernels, name, getattr(comfy_kitchen.backends.eager.rope, name))
+        yield
+    finally:
+        for name, kernel in before.items():
+            setattr(kernels, name, kernel)
 
 
 @contextmanager
