@@ -34,7 +34,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dev.comfyui_server import ComfyServer
 from dev.in_process import ROOT, import_comfyui, import_pack
 
 from .full_size import SIZES
@@ -314,6 +313,8 @@ def write_checkpoint(path: Path, small: bool) -> None:
 
 
 def on_a_server(checkpoint: Path, flags: tuple[str, ...], small: bool) -> dict[str, Any]:
+    from dev.comfyui_server import ComfyServer  # its packages are missing on a machine without ComfyUI's
+
     side, interrupted_at = (64 if small else 512), 20
     packs = {"ti_test_pack": ROOT / "tests/comfyui_pack"}
     with ComfyServer(packs=packs, checkpoints=[checkpoint], options=flags) as comfyui:
@@ -339,7 +340,7 @@ def on_a_server(checkpoint: Path, flags: tuple[str, ...], small: bool) -> dict[s
     return {"seconds, all": seconds, "report": ended, "resumed": resumed, "drew with the graph's model": drew}
 
 
-def defaults(comfyui: ComfyServer, node: str) -> dict[str, Any]:
+def defaults(comfyui: Any, node: str) -> dict[str, Any]:
     inputs = comfyui.object_info(node)[node]["input"]
     found = {**inputs.get("required", {}), **inputs.get("optional", {})}
     return {name: kind[1]["default"] for name, kind in found.items() if len(kind) > 1 and "default" in kind[1]}
