@@ -40,6 +40,10 @@ def temporary_folder() -> Path:
     return Path(folder_paths.get_temp_directory()) / "textual_inversion"
 
 
+def output_folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / "textual_inversion"
+
+
 def states_folder() -> Path:
     """Where unfinished runs are saved. The files survive a restart, and ComfyUI's web server does not serve them."""
     return Path(folder_paths.get_system_user_directory("textual_inversion"))

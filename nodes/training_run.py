@@ -2,13 +2,15 @@
 
 import logging
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import comfy.utils
+import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
@@ -25,14 +27,16 @@ from ..textual_inversion import (
 from ..textual_inversion.adapters.comfyui import ComfyModel
 from ..textual_inversion.adapters.protocol import DiffusionModel, TrainableModel
 from ..textual_inversion.dataset import Dataset
+from ..textual_inversion.devices import is_out_of_memory
 from ..textual_inversion.initializer import with_initializer
 from ..textual_inversion.prompts import place_trigger
 from ..textual_inversion.report import learned_embedding, report
 from ..textual_inversion.training import earliest_end, still_improving
-from .files import embeddings_folder, temporary_folder
+from .files import embeddings_folder, output_folder, temporary_folder
 from .live import LiveRun, thinned
 from .state_file import StateFile
 
+NO_PICTURE = torch.zeros(1, 64, 64, 3)  # the output of a run whose previews failed
 SAVE_EVERY = 10  # steps between writes of the state, which take a millisecond each
 
 
@@ -60,27 +64,32 @@ class Result:
 
 def run_training(model: ComfyModel, dataset: Dataset, request: Request, live: LiveRun, state_file: StateFile) -> Result:
     """Trains, or resumes an unfinished run of the same settings and pictures."""
-    began, saved = time.perf_counter(), state_file.read()
+    began, notes = time.perf_counter(), Notes(live)
+    saved = None
+    with notes.side_job("The unfinished run of before cannot be read"):
+        saved = state_file.read()
     if saved and saved["training"]["progress"]["step"] >= request.config.steps:  # done: it waits for more steps
         state_file.remove()
         saved = None
     with model.training() as trainable:
         start, config = starting_point(trainable, dataset, request, saved, live)
-        run = TrainingRun(trainable, config, request, dataset.latents[0].shape, live, state_file)
+        run = TrainingRun(trainable, config, request, dataset.latents[0].shape, live, state_file, notes)
         steps = train(trainable, start.trainable(), dataset, config, saved["training"] if saved else None)
         last, ended = run.follow(steps, saved)
-        learned = run.write(last, formats.free_path(temporary_folder(), formats.file_name(config.trigger)))
+        name = formats.file_name(config.trigger)
+        learned = run.write(last, name, [temporary_folder(), embeddings_folder(), output_folder()])
         live.tell("finishing", message=ended or live.record.message)
         origin = "the given embedding" if request.continued else repr(config.initializer)
         text = report(trainable, dataset, config, start, last, origin, ended)
     if not model.supports_embedding_files:
         text += "\nembedding:NAME does not work with this text encoder: use Load Embedding and Apply Embedding."
     run.draw(model, learned, last.number)
-    state_file.remove()
+    with notes.side_job("The saved state of this run cannot be removed"):
+        state_file.remove()
     if still_improving(last.progress, config):
         run.save(last)  # with more steps it goes on from here
-    text += f"\n{time.perf_counter() - began:.0f} s, previews included."
-    return Result(learned, text, run.losses, run.pictures)
+    text = "\n".join([text, *notes.texts, f"{time.perf_counter() - began:.0f} s, previews included."])
+    return Result(learned, text, run.losses, run.pictures or [NO_PICTURE])
 
 
 def starting_point(
@@ -104,6 +113,37 @@ def starting_point(
 
 
 @dataclass
+class Notes:
+    """What went wrong beside training: it never ends a run, and is told in the panel and the report, each once."""
+
+    live: LiveRun
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        if text not in self.texts:
+            self.texts.append(text)
+            logging.warning("Textual inversion: %s", text)
+            self.live.tell(self.live.record.state, message=text)
+
+    @contextmanager
+    def side_job(self, failed: str) -> Iterator[None]:
+        """An error inside is a note that begins with ``failed``. ComfyUI's interrupt, no Exception, goes through."""
+        try:
+            yield
+        except Exception as error:
+            self.add(f"{failed}: {reason(error)}")
+
+
+def reason(error: Exception) -> str:
+    """The cause in one line, as the user can act on it."""
+    if is_out_of_memory(error):
+        return "out of memory."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}."
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@dataclass
 class TrainingRun:
     """Progress, previews, and files that outlive an interrupt or a crash."""
 
@@ -114,11 +154,13 @@ class TrainingRun:
     """Latent shape (C, h, w) of a preview picture."""
     live: LiveRun
     state_file: StateFile
+    notes: Notes
     losses: list[float] = field(default_factory=list)
     fixed: list[tuple[int, float]] = field(default_factory=list)
     pictures: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0
     """Average time of one step."""
+    preview_failed: bool = False
 
     def follow(self, steps: Generator[Step, bool | None], saved: dict[str, Any] | None) -> tuple[Step, str]:
         """The last good step, and the reason why training stopped before the loop ended, or an empty string."""
@@ -205,41 +247,63 @@ class TrainingRun:
 
     def preview_is_due(self, step: Step) -> bool:
         every = self.request.preview.preview_every
-        return every > 0 and step.number % every == 0
+        return every > 0 and step.number % every == 0 and not self.preview_failed
 
     def draw(self, model: DiffusionModel, embedding: Embedding, number: int) -> None:
-        """One preview picture of the vectors at step ``number``."""
+        """One preview picture of the vectors at step ``number``. After one that failed only the last is tried."""
         preview = self.request.preview
-        prompt = place_trigger(preview.preview_prompt, self.config.trigger)
-        picture = model.generate(
-            prompt, embedding, self.shape, self.config.seed, preview.preview_steps, preview.preview_cfg
-        )
-        self.pictures.append(picture)
+        self.preview_failed = True
+        with self.notes.side_job("No preview"):
+            prompt = place_trigger(preview.preview_prompt, self.config.trigger)
+            picture = model.generate(
+                prompt, embedding, self.shape, self.config.seed, preview.preview_steps, preview.preview_cfg
+            )
+            self.pictures.append(picture)
+            self.preview_failed = False
+        if not self.preview_failed:
+            with self.notes.side_job("The preview cannot be shown"):
+                self.show_picture(picture, number)
+
+    def show_picture(self, picture: Tensor, number: int) -> None:
         (file,) = ui.ImageSaveHelper.save_images(picture, "textual_inversion/preview", io.FolderType.temp, cls=None)
         shown = [*self.live.record.pictures, {"step": number, **file}]
         self.live.tell(self.live.record.state, pictures=shown)
 
     def save(self, step: Step) -> None:
         """Writes what is needed to resume."""
-        self.state_file.write(
-            {
-                "training": step.state.to_dict(),
-                "initializer": self.config.initializer,
-                "losses": self.losses,
-                "fixed": self.fixed,
-            }
-        )
+        with self.notes.side_job("This run cannot be resumed, since its state cannot be saved"):
+            self.state_file.write(
+                {
+                    "training": step.state.to_dict(),
+                    "initializer": self.config.initializer,
+                    "losses": self.losses,
+                    "fixed": self.fixed,
+                }
+            )
 
     def rescue(self, last: Step) -> None:
-        """Keeps the state and the best vectors of a run that was cancelled or failed."""
+        """Keeps the best vectors and the state of a run that was cancelled or failed."""
+        released = last.progress.released
+        if released is not None and last.best_step > released:  # before that they are the initializer's
+            name = f"{formats.file_name(self.config.trigger)}-partial"
+            self.write(last, name, [embeddings_folder(), output_folder()])
         if last.number > 0:
             self.save(last)
-            name = f"{formats.file_name(self.config.trigger)}-partial"
-            self.write(last, formats.free_path(embeddings_folder(), name))
 
-    def write(self, step: Step, path: Path) -> Embedding:
-        """The best vectors so far, written to ``path``."""
+    def write(self, step: Step, name: str, folders: Sequence[Path]) -> Embedding:
+        """The best vectors so far, written to the first of the ``folders`` that takes them."""
         embedding = learned_embedding(step, self.config, self.request.base_model)
-        formats.write(embedding, path)
-        logging.info("Textual inversion: %s is in %s", self.config.trigger, path)
+        failed = []
+        for folder in folders:
+            try:
+                path = formats.free_path(folder, name)
+                formats.write(embedding, path)
+            except Exception as error:  # a full disk, missing rights, a folder that is a file ...
+                failed.append(f"{folder} cannot be written to: {reason(error)}")
+                continue
+            if failed:
+                self.notes.add(f"{failed[0]} The embedding is in {path}.")
+            logging.info("Textual inversion: %s is in %s", self.config.trigger, path)
+            return embedding
+        self.notes.add(f"{' '.join(failed)} The embedding is in no file: connect Save Embedding, or queue again.")
         return embedding

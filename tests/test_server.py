@@ -2,6 +2,8 @@
 
 import json
 import re
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 from families import NAMED, build
@@ -288,6 +290,12 @@ def executed(run):
     return {event["data"]["node"] for event in run.events if event["type"] == "executing"}
 
 
+def at_once(graph):
+    """The embedding moves from the first step on, since there are no per-image tokens to wait for."""
+    graph["settings"]["inputs"]["context_vectors"] = 0
+    return graph
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_interrupt_in_the_middle(server, checkpointing):
     reference = server.run(ordinary_graph("SmallSD1"))
@@ -298,7 +306,7 @@ def test_interrupt_in_the_middle(server, checkpointing):
         if event["type"] == "progress" and data["max"] == 5000 and data["value"] >= 8:
             server.interrupt()
 
-    graph = learning_graph(steps=5000, seed=41, preview_every=0, gradient_checkpointing=checkpointing)
+    graph = at_once(learning_graph(steps=5000, seed=41, preview_every=0, gradient_checkpointing=checkpointing))
     run = server.run(graph, on_event=stop, check=False)
     assert run.error is not None
     assert "execution_interrupted" in [event["type"] for event in run.events]
@@ -327,7 +335,7 @@ def test_stop_before_the_first_step_keeps_the_start(server):
 def test_error_in_the_middle(server):
     reference = server.run(ordinary_graph("SmallSD1"))
     before = embeddings(server)
-    graph = learning_graph(steps=200, seed=51, preview_every=0)
+    graph = at_once(learning_graph(steps=200, seed=51, preview_every=0))
     graph["fail"] = node("TIT_FailingModel", model=["load", 0], calls=120)
     graph["train"]["inputs"]["model"] = ["fail", 0]
     run = server.run(graph, check=False)
@@ -382,3 +390,96 @@ def test_folder_may_have_any_name(folder):
     with ComfyServer(pack_name=folder) as renamed:
         assert set(renamed.object_info()) >= NODE_IDS
         assert "IMPORT FAILED" not in renamed.log
+
+
+# Side jobs: what fails beside training does not end it -----------------------------------------------
+
+
+@contextmanager
+def in_place_of(folder: Path):
+    """A file where ComfyUI wants to have a folder: nothing in it can be read or written."""
+    aside = folder.with_name(f"{folder.name}-aside")
+    if folder.exists():
+        folder.rename(aside)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.touch()
+    try:
+        yield
+    finally:
+        folder.unlink()
+        if aside.exists():
+            aside.rename(folder)
+
+
+def report_of(run) -> str:
+    return run.history["outputs"]["train"]["text"][0]
+
+
+@pytest.mark.parametrize("every", [0, 3])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [("the test's VAE fails here", "No preview: the test's VAE fails here"),
+     ("MPS backend out of memory", "No preview: out of memory.")],
+)  # fmt: skip
+def test_a_preview_that_fails_costs_no_result(server, every, error, told):
+    graph = learning_graph(seed=61, preview_every=every)
+    graph["broken"] = node("TIT_FailingVae", vae=["load", 2], error=error)
+    graph["train"]["inputs"]["vae"] = ["broken", 0]
+    run = server.run(graph)
+    assert told in report_of(run)
+    assert run.history["outputs"]["save"]["text"]
+    assert any(told in event["data"]["message"] for event in run.events if event["type"] == "textual_inversion.run")
+
+
+@pytest.mark.parametrize("folder", ["user/__textual_inversion", "temp/textual_inversion", "both"])
+def test_folders_that_cannot_be_written_to_cost_no_result(server, folder):
+    folders = ["user/__textual_inversion", "temp/textual_inversion"] if folder == "both" else [folder]
+    before = embeddings(server)
+    with ExitStack() as stack:
+        for name in folders:
+            stack.enter_context(in_place_of(server.base / name))
+        run = server.run(learning_graph(steps=12, seed=62 + len(folder)))
+    text = report_of(run)
+    assert run.history["outputs"]["save"]["text"]
+    if "user/__textual_inversion" in folders:
+        assert "This run cannot be resumed, since its state cannot be saved" in text
+    if "temp/textual_inversion" in folders:
+        assert "temp/textual_inversion cannot be written to" in text
+        (path,) = re.findall(r"The embedding is in (.*)\.$", text, re.MULTILINE)
+        assert safe_open(path, "pt").get_tensor("clip_l").shape == (1, 32)
+        assert len(embeddings(server) - before) == 2  # the one saved, and the one put there
+
+
+@pytest.mark.parametrize("state_too", [False, True])
+def test_a_cancel_keeps_the_vectors_where_there_is_room(server, state_too):
+    """The state is written after them: where it cannot be, they are there already."""
+    found = server.base / "output/textual_inversion"
+    before = set(found.glob("*")) if found.exists() else set()
+
+    def stop(event):
+        data = event["data"]
+        if event["type"] == "progress" and data["max"] == 5000 and data["value"] >= 8:
+            server.interrupt()
+
+    with ExitStack() as stack:
+        stack.enter_context(in_place_of(server.base / "models/embeddings"))
+        if state_too:
+            stack.enter_context(in_place_of(server.base / "user/__textual_inversion"))
+        graph = at_once(learning_graph(steps=5000, seed=71 + state_too, preview_every=0))
+        run = server.run(graph, on_event=stop, check=False)
+    assert "execution_interrupted" in [event["type"] for event in run.events]
+    (partial,) = set(found.glob("*")) - before
+    assert partial.name.startswith("S-partial")
+    assert safe_open(partial, "pt").get_tensor("clip_l").shape == (1, 32)
+
+
+def test_a_cancel_before_anything_was_learned_leaves_no_copy_of_the_initializer(server):
+    before = embeddings(server)
+
+    def stop(event):
+        if event["type"] == "textual_inversion.run" and event["data"]["state"] == "learning":
+            server.interrupt()
+
+    run = server.run(learning_graph(steps=5000, seed=81, preview_every=0), on_event=stop, check=False)
+    assert run.error is not None
+    assert embeddings(server) == before

@@ -113,8 +113,11 @@ def save_state(path: Path, content: dict[str, Any]) -> None:
     """Writes tensors, numbers, texts, lists and dicts; the old file stays whole until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    torch.save(content, partial)
-    partial.replace(path)
+    try:
+        torch.save(content, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # of a disk that was full
 
 
 def load_state(path: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 Loaded by the real server, and imported by tests that use ComfyUI's classes in process.
 """
 
+import copy
 import hashlib
 
 import comfy.model_base
@@ -181,6 +182,28 @@ class FailingModel(io.ComfyNode):
         return io.NodeOutput(model)
 
 
+class FailingVae(io.ComfyNode):
+    """A VAE that encodes, and raises an error where it should decode."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TIT_FailingVae",
+            inputs=[io.Vae.Input("vae"), io.String.Input("error", default="the test's VAE fails here")],
+            outputs=[io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, vae, error):
+        vae = copy.copy(vae)
+
+        def decode(*_args, **_kwargs):
+            raise RuntimeError(error)
+
+        vae.decode = decode
+        return io.NodeOutput(vae)
+
+
 class FluxClip(io.ComfyNode):
     """Flux's text encoders, small: ComfyUI's loaders know text encoders by their full width."""
 
@@ -204,7 +227,7 @@ class FluxClip(io.ComfyNode):
 
 class TestNodes(ComfyExtension):
     async def get_node_list(self):
-        return [HashWeights, FailingModel, FluxClip]
+        return [HashWeights, FailingModel, FailingVae, FluxClip]
 
 
 async def comfy_entrypoint():
