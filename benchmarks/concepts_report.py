@@ -75,15 +75,21 @@ def write_levels(out: Path) -> None:
     (out / "levels.md").write_text(LEVELS + "\n".join(lines) + "\n")
 
 
+def shown_scale(value: float) -> str:
+    """Where no agreement could be measured the noise scale is only known to be large."""
+    return f"{value:.2f}" if value < 1e4 else "> 10,000"
+
+
 def level_row(level: str, recipe: str, rows: Cells, plain: dict[Key, dict[str, Any]]) -> str:
     starts = [row["level"] for row in rows if "level" in row]
     measured = [
-        f"{statistics.median(values(starts, key)):.2f}" if starts else "" for key in ("agreement", "noise_scale")
+        shown_scale(statistics.median(values(starts, key))) if starts else "" for key in ("agreement", "noise_scale")
     ]
     gains = [row["gain"][0] for row in rows if "gain" in row]
     same = [plain[key]["identity"] for row in rows if (key := (recipe, row["concept"], row["seed"])) in plain]
     found = values(rows, "identity")
-    kept = f"{sum(found) / sum(same):.0%}" if len(same) == len(rows) else ""
+    # Of a recipe that loses on the plain model as well, a share says nothing.
+    kept = f"{sum(found) / sum(same):.0%}" if len(same) == len(rows) and sum(same) > 0 else ""
     seen = [row["curve"][-1][0] for row in rows]
     columns = [level, recipe, len(rows), *measured, f"{statistics.mean(gains):.1%}" if gains else ""]
     columns += [f"{statistics.mean(found):.3f}", f"{min(found):.2f}", kept, f"{statistics.mean(seen):.0f}", max(seen)]

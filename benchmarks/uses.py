@@ -22,6 +22,7 @@ import torch
 
 from demo.measure import CONCEPTS, Bench, Concept
 from dev.in_process import ROOT
+from textual_inversion import TrainConfig
 from toy_model.make_concepts import CHARACTERS, HELD_OUT, STYLES, TRAINING, character_pictures, style_pictures, write
 from toy_model.world import Style
 
@@ -50,12 +51,15 @@ USES = {
     "1 picture": Use(1),
     "2 pictures": Use(2),
     "8 pictures": Use(8),
-    "30 pictures": Use(30),
-    "200 pictures": Use(200),
+    "30 pictures": Use(30, TRAINING + SCENES),
+    "200 pictures": Use(200, TRAINING + SCENES),
+    "30 pictures with captions": Use(30, TRAINING + SCENES, captions=True),
+    "200 pictures with captions": Use(200, TRAINING + SCENES, captions=True),
     "4 scenes": Use(4, SCENES),
     "4 scenes with captions": Use(4, SCENES, captions=True),
     "captions": Use(captions=True),
     "masks": Use(masks=True),
+    "masks with captions": Use(captions=True, masks=True),
     "batch 1, accumulation 4": Use(settings={"batch_size": 1, "accumulation": 4}),
     "batch 1": Use(settings={"batch_size": 1}),
     "4 vectors": Use(settings={"vectors": 4}),
@@ -90,8 +94,8 @@ def with_masks(dataset):
 def measured(bench: Bench, name: str, use: Use, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cell = Cell(bench, name, Recipe("", use.settings), drawn(name, use, Path(folder)), seed, use.captions, Level())
-        if use.masks:
-            cell.training = with_masks(cell.training)
+        if use.masks:  # what is outside may become anything
+            cell.training, cell.heldout = with_masks(cell.training), with_masks(cell.heldout)
         return cell.run()[0]
 
 
@@ -103,7 +107,7 @@ def table(rows: Mapping[str, list[dict[str, Any]]]) -> str:
         found = {cell["concept"]: cell for cell in cells}
         identity = " | ".join(f"{found[name]['identity']:.3f}" if name in found else "" for name in concepts)
         seen = ", ".join(str(round(cell["curve"][-1][0])) for cell in cells)
-        ended = ", ".join("yes" if cell["stopped"] < 3000 else "no" for cell in cells)
+        ended = ", ".join("yes" if cell["stopped"] < TrainConfig().steps else "no" for cell in cells)
         says = ", ".join("yes" if cell["gain"][1] else "no" for cell in cells)
         lines.append(f"| {use} | {identity} | {seen} | {ended} | {says} |")
     return "\n".join(lines) + "\n"

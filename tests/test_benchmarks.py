@@ -59,16 +59,13 @@ def test_levels_are_as_hard_as_they_say(bench, level, least, most):
 
 
 def test_the_checks_on_a_card_run_on_small_models(tmp_path):
+    parts = ["steps", "server"]
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--small", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--parts", "families", "steps", "memory", "server"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, "--parts", *parts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())
-    rows = [row for part in ("families", "steps", "memory", "server") for row in results[part]]
-    assert len(rows) == 2 + 3 + 1 + 1
-    assert not [row for row in rows if "failed" in row]
-    assert all(row["within 1e-3"] for row in results["families"])
+    assert [len(results[part]) for part in parts] == [3, 1]
+    assert not [row for part in parts for row in results[part] if "failed" in row]
     assert results["server"][0]["resumed"]
     assert "| SDXL | 64 | 2 |" in path.with_suffix(".md").read_text()

@@ -144,7 +144,8 @@ def train(
 
     if stop:
         known = state.progress.evaluated_step == state.progress.step
-        fixed_loss = None if known else _evaluate(state, evaluator, config)
+        with out_of_memory_explained(state.progress.step):
+            fixed_loss = None if known else _evaluate(state, evaluator, config)
         yield Step(state.progress, 0.0, fixed_loss, state)
 
 

@@ -187,8 +187,8 @@ def _recomputed(forward, *args, **kwargs):
 
     snapshot = [dict(value) if isinstance(value, dict) else value for value in args]
     named = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-    frozen = functools.partial(run, **named)
-    return checkpoint(frozen, *snapshot, use_reentrant=False, preserve_rng_state=False)  # nothing draws numbers
+    again = functools.partial(run, **named)
+    return checkpoint(again, *snapshot, use_reentrant=False, preserve_rng_state=False)  # nothing draws numbers
 
 
 def _fresh(value: Any) -> Any:
