@@ -77,13 +77,13 @@ def families(args: argparse.Namespace) -> Found:
 def steps(args: argparse.Namespace) -> Found:
     for name, batches in (SMALL_CASES if args.small else STEP_CASES).items():
         size = SIZES[name]
-        with told(model=name) as failed:
+        with told(model=name) as not_made:
             graph = made(name, args.small)
             for rows in batches:
                 with told(model=name, batch=rows) as failed:
                     yield measured(name, graph, 64 if args.small else size.pixels, rows)
                 yield from failed
-        yield from failed
+        yield from not_made
 
 
 def memory(args: argparse.Namespace) -> Found:
