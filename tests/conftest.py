@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 from dev.comfyui_server import ComfyServer
 from dev.get_browser import MISSING, browser_path
+from dev.get_comfyui import newest_front_end
 from dev.in_process import ROOT, import_comfyui, import_pack
 
 _base = tempfile.TemporaryDirectory(prefix="comfyui-tests-")
@@ -31,6 +32,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_unconfigure() -> None:
     """Remove ComfyUI's temporary folders."""
     _base.cleanup()
+
+
+INTERFACES = ("canvas, required", "vue, required", "canvas, newest", "vue, newest")  # renderer, front end
+
+
+class Interface(NamedTuple):
+    """What a browser shows: the front end of a server, drawn by one of its renderers."""
+
+    server: ComfyServer
+    renderer: str
 
 
 class Graph(NamedTuple):
@@ -108,17 +119,38 @@ def wide_vae():
     return comfy.sd.VAE(sd=TAESD(latent_channels=16).state_dict())
 
 
-@pytest.fixture(scope="session")
-def server(checkpoints) -> Iterator[ComfyServer]:
-    """One running ComfyUI for the whole session, with two pictures in input/pictures."""
-    with ComfyServer(packs={"ti_test_pack": TEST_PACK}, checkpoints=list(checkpoints.values())) as running:
-        folder = running.base / "input/pictures"
+def running(options: tuple[str, ...], checkpoints: dict[str, Path]) -> Iterator[ComfyServer]:
+    """A running ComfyUI, with two pictures in input/pictures."""
+    packs = {"ti_test_pack": TEST_PACK}
+    with ComfyServer(packs=packs, checkpoints=list(checkpoints.values()), options=options) as server:
+        folder = server.base / "input/pictures"
         folder.mkdir()
         generator = np.random.default_rng(0)
         for number in range(2):
             pixels = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{number}.png")
-        yield running
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server(checkpoints) -> Iterator[ComfyServer]:
+    """One ComfyUI for the whole session."""
+    yield from running(("--cpu",), checkpoints)
+
+
+@pytest.fixture(scope="session")
+def server_with_newest_front_end(checkpoints) -> Iterator[ComfyServer]:
+    yield from running(("--cpu", "--front-end-root", str(newest_front_end())), checkpoints)
+
+
+@pytest.fixture(
+    scope="module", params=[f"{renderer}, {age}" for age in ("required", "newest") for renderer in RENDERERS]
+)
+def interface(request) -> Interface:
+    """Both renderers of the front end that ComfyUI 0.30.0 requires, and of the newest one."""
+    renderer, age = request.param.split(", ")
+    names = {"required": "server", "newest": "server_with_newest_front_end"}
+    return Interface(request.getfixturevalue(names[age]), renderer)
 
 
 @pytest.fixture(scope="session")

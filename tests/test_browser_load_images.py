@@ -8,8 +8,9 @@ from mimetypes import guess_type
 
 import numpy as np
 import pytest
+from browser import opened
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Page, expect
+from playwright.sync_api import Browser, FilePayload, Page, expect
 
 from dev.comfyui_server import ComfyServer
 
@@ -18,30 +19,15 @@ ROUTE = "/textual_inversion/pictures"
 THUMBNAIL = "/textual_inversion/thumbnail"
 
 
-@pytest.fixture(scope="module", params=["classic", "vue"])
-def tab(request, server: ComfyServer, chromium: Browser) -> Iterator[Page]:
-    """ComfyUI in a browser, with one renderer. An error from our files fails the last test with it."""
-    # A new user would be greeted with a dialog.
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": request.param == "vue"}
-    server.http.post(f"{server.url}/settings", json=settings, timeout=10).raise_for_status()
-    expect.set_options(timeout=20_000)
-    page = chromium.new_page(viewport={"width": 1300, "height": 900})
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(error.stack or error.message))
+@pytest.fixture(scope="module")
+def server(interface) -> ComfyServer:
+    return interface.server
 
-    def listen(message: ConsoleMessage) -> None:
-        if message.type == "error":
-            errors.append(f"{message.location} {message.text}")
 
-    page.on("console", listen)
-    page.goto(server.url)
-    page.wait_for_function("window.app?.extensionManager && document.querySelector('#graph-canvas')")
-    page.wait_for_function("app.extensions.some(({ name }) => name === 'textualinversion.LoadImages')")
-    page.wait_for_function("app.graph")
-    yield page
-    page.close()
-    ours = [error for error in errors if "load_images" in error or "lib/page.js" in error]
-    assert not ours, ours
+@pytest.fixture(scope="module")
+def tab(interface, chromium: Browser) -> Iterator[Page]:
+    with opened(interface.server, chromium, interface.renderer) as page:
+        yield page
 
 
 @pytest.fixture

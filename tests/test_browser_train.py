@@ -5,32 +5,25 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from browser import SECONDS, open_comfyui, opened
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from dev.comfyui_server import ComfyServer
 
 LOAD, IMAGES, SETTINGS, TRAIN, REPORT, SECOND, SECOND_REPORT = map(str, range(1, 8))
 ENDLESS = 100_000  # steps: a run that only ends when it is told to
-SECONDS = 60_000  # milliseconds that anything may take on a busy machine
-
-expect.set_options(timeout=SECONDS)
 _seeds = itertools.count(1)  # ComfyUI would not run the same graph twice
 
 
-@pytest.fixture(scope="module", params=["canvas", "vue"])
-def page(request, server, chromium: Browser) -> Iterator[Page]:
-    """ComfyUI in a fresh browser profile; an error of ours in its console fails the last test."""
-    settings = {"Comfy.VueNodes.Enabled": request.param == "vue", "Comfy.TutorialCompleted": True}
-    server.http.post(f"{server.url}/settings", json=settings, timeout=60).raise_for_status()
-    context = chromium.new_context(viewport={"width": 1400, "height": 1200})
-    page, errors = context.new_page(), []
-    page.set_default_timeout(SECONDS)
-    page.on("console", lambda message: errors.append(f"{message.text} {message.location}"))
-    page.on("pageerror", lambda error: errors.append(f"{error} {error.stack}"))
-    open_comfyui(page, server.url)
-    yield page
-    context.close()
-    assert [error for error in errors if "ComfyUI-Textual-Inversion" in error] == []
+@pytest.fixture(scope="module")
+def server(interface) -> ComfyServer:
+    return interface.server
+
+
+@pytest.fixture(scope="module")
+def page(interface, chromium: Browser) -> Iterator[Page]:
+    with opened(interface.server, chromium, interface.renderer) as page:
+        yield page
 
 
 @pytest.fixture(autouse=True)
@@ -207,11 +200,6 @@ def graph(**widgets) -> dict:
 
 def node(class_type: str, **inputs) -> dict:
     return {"class_type": class_type, "inputs": inputs}
-
-
-def open_comfyui(page: Page, url: str) -> None:
-    page.goto(url)
-    page.wait_for_function("window.app?.extensionManager && window.app.canvas && window.app.rootGraph?.nodes.length")
 
 
 def load(page: Page, prompt: dict) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import opened
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from ti_pack.nodes.sockets import MAIN_FIELDS  # pyright: ignore[reportMissingImports]  made by conftest.py
@@ -114,22 +115,10 @@ def test_workflow_draws(path, demo, tmp_path):
 # In the browser --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["canvas", "vue"])
-def page(request, demo, chromium: Browser) -> Iterator[Page]:
-    """ComfyUI with one of its renderers; an error of ours in its console fails the last test."""
-    settings = {"Comfy.VueNodes.Enabled": request.param == "vue", "Comfy.TutorialCompleted": True}
-    demo.http.post(f"{demo.url}/settings", json=settings, timeout=60).raise_for_status()
-    expect.set_options(timeout=SECONDS)
-    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
-    page, errors = context.new_page(), []
-    page.set_default_timeout(SECONDS)
-    page.on("console", lambda message: errors.append(f"{message.text} {message.location}"))
-    page.on("pageerror", lambda error: errors.append(f"{error} {error.stack}"))
-    page.goto(demo.url)
-    page.wait_for_function("window.app?.extensionManager && window.app.canvas && window.app.rootGraph?.nodes.length")
-    yield page
-    context.close()
-    assert [error for error in errors if demo.pack_name in error] == []
+@pytest.fixture(scope="module")
+def page(interface, chromium: Browser) -> Iterator[Page]:
+    with opened(interface.server, chromium, interface.renderer) as page:
+        yield page
 
 
 @each_workflow
