@@ -143,9 +143,7 @@ def server_with_newest_front_end(checkpoints) -> Iterator[ComfyServer]:
     yield from running(("--cpu", "--front-end-root", str(newest_front_end())), checkpoints)
 
 
-@pytest.fixture(
-    scope="module", params=[f"{renderer}, {age}" for age in ("required", "newest") for renderer in RENDERERS]
-)
+@pytest.fixture(scope="module", params=INTERFACES)
 def interface(request) -> Interface:
     """Both renderers of the front end that ComfyUI 0.30.0 requires, and of the newest one."""
     renderer, age = request.param.split(", ")
