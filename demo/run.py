@@ -1,7 +1,7 @@
 """The main job, `make demo`: a real ComfyUI learns a word from four pictures and draws with it.
 
-Runs example_workflows/learn_an_object.json on the demo model and one concept through comfy-cli and
-leaves in demo/output/: the embedding, before_after.png and report.json.
+Runs a template on the demo model and one concept through comfy-cli and leaves in demo/output/: the embedding,
+before_after.png and report.json.
 """
 
 import argparse
@@ -17,9 +17,11 @@ from dev.comfyui_server import ComfyServer
 from dev.get_comfyui import ROOT
 
 from .measure import Bench, Concept
+from .workflow import for_demo_model
 
 OUTPUT = ROOT / "demo/output"
-WORKFLOW = ROOT / "example_workflows/learn_an_object.json"
+TEMPLATE = ROOT / "example_workflows/Train an embedding (SD1.5).json"
+CONCEPT, TRIGGER = "heart", "S*"
 PROMPTS = (
     "a photo of {} on a white background",
     "a photo of {} in the snow",
@@ -87,40 +89,35 @@ def sheet(rows: dict[str, list[Image.Image]], labels: list[str]) -> Image.Image:
     return page
 
 
-def settings_of(workflow: Path) -> dict[str, Any]:
-    """What the workflow's own widgets say, by node type."""
-    return {item["type"]: item.get("widgets_values") for item in json.loads(workflow.read_text())["nodes"]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     started = time.perf_counter()
-    widgets = settings_of(WORKFLOW)
-    concept = Concept.read(widgets["TI_LoadImages"][0])
-    trigger, steps = widgets["TI_Train"][0], widgets["TI_Train"][5]
+    concept = Concept.read(CONCEPT)
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
 
     with ComfyServer() as server:
         shutil.copytree(concept.folder / "train", server.base / "input" / concept.folder.name)
-        print(f"ComfyUI runs and learns {trigger!r} from {concept.folder.name} in at most {steps} steps.", flush=True)
-        server.run_workflow(WORKFLOW)
+        workflow = server.base / "workflow.json"
+        workflow.write_text(json.dumps(for_demo_model(TEMPLATE, CONCEPT, trigger=TRIGGER)))
+        print(f"ComfyUI runs and learns {TRIGGER!r} from {CONCEPT}.", flush=True)
+        server.run_workflow(workflow)
         (learned,) = (server.base / "models/embeddings").glob("*.safetensors")
-        prompts = [prompt.format(trigger) for prompt in PROMPTS]
+        prompts = [prompt.format(TRIGGER) for prompt in PROMPTS]
         print("Drawing the same prompts and seeds without and with the word.", flush=True)
         rows = {
             "Training pictures": [Image.open(path) for path in sorted((concept.folder / "train").glob("*.png"))],
             "Without the word": draw(server, prompts, None),
-            f"With the word {trigger}": draw(server, prompts, learned.name),
+            f"With the word {TRIGGER}": draw(server, prompts, learned.name),
         }
         shutil.copy(learned, OUTPUT)
-    sheet(rows, [prompt.format(trigger).removeprefix("a photo of ") for prompt in PROMPTS]).save(
+    sheet(rows, [prompt.format(TRIGGER).removeprefix("a photo of ") for prompt in PROMPTS]).save(
         OUTPUT / "before_after.png"
     )
     print("Measuring the word on pictures it has not seen.", flush=True)
-    report = measured(concept, OUTPUT / learned.name, trigger)
-    report |= {"seconds": round(time.perf_counter() - started, 1), "steps": steps, "embedding": learned.name}
+    report = measured(concept, OUTPUT / learned.name, TRIGGER)
+    report |= {"seconds": round(time.perf_counter() - started, 1), "embedding": learned.name}
     (OUTPUT / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
     print(f"See {OUTPUT.relative_to(ROOT)}/before_after.png")

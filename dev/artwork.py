@@ -1,9 +1,15 @@
-"""Draws the registry's icon and banner from the demo's own pictures: python -m dev.artwork"""
+"""Draws the registry's icon and banner and the templates' thumbnails with the demo model: python -m dev.artwork"""
 
+import io
+import json
+import shutil
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from demo.workflow import for_demo_model
+
+from .comfyui_server import ComfyServer
 from .get_comfyui import ROOT
 
 DOCS = ROOT / "docs"
@@ -55,6 +61,55 @@ def banner() -> Image.Image:
     return page.convert("RGB").resize((1260, 540), Image.Resampling.LANCZOS)
 
 
+TEMPLATES = {  # and the concept that each of them learns for its thumbnail
+    "Train an embedding (SD1.5)": "heart",
+    "Train an embedding (SDXL)": "star",
+    "Train an embedding (Flux)": "moon",
+    "Train a style (SD1.5)": "lagoon",
+    "Train an embedding further": "heart",
+    "Prompts with and without": "",
+    "Inspect and blend": "",
+}
+SIDE, GAP = 600, 12
+
+
+def thumbnails() -> None:
+    """The pictures to learn from in a row, and below them what the template draws; without words on them."""
+    concepts = ROOT / "demo/concepts"
+    with ComfyServer() as server:
+        shutil.copytree(ROOT / "demo/embeddings", server.base / "models/embeddings", dirs_exist_ok=True)
+        for name, concept in TEMPLATES.items():
+            template = ROOT / f"example_workflows/{name}.json"
+            pictures = []
+            if concept:
+                shutil.copytree(concepts / concept / "train", server.base / "input" / concept, dirs_exist_ok=True)
+                pictures = [Image.open(path) for path in sorted((concepts / concept / "train").glob("*.png"))]
+            workflow = for_demo_model(template, concept)
+            path = server.base / "workflow.json"
+            path.write_text(json.dumps(workflow))
+            outputs = server.run_workflow(path)["data"]["outputs_by_node"]
+            saved = [str(node["id"]) for node in workflow["nodes"] if node["type"] == "SaveImage"]
+            drawn = [Image.open(io.BytesIO(server.http.get(outputs[node][0], timeout=60).content)) for node in saved]
+            in_rows([pictures, drawn[::-1]] if pictures else [[picture] for picture in drawn]).save(
+                template.with_suffix(".jpg"), quality=85
+            )
+
+
+def in_rows(rows: list[list[Image.Image]]) -> Image.Image:
+    """Pictures in rows, each as wide as the square page."""
+    page = Image.new("RGB", (SIDE, SIDE), LIGHT)
+    sides = [(SIDE - GAP * (len(row) + 1)) // len(row) for row in rows]
+    heights = [side * row[0].height // row[0].width for side, row in zip(sides, rows, strict=True)]
+    y = (SIDE - sum(heights) - GAP * (len(rows) - 1)) // 2
+    for row, side, height in zip(rows, sides, heights, strict=True):
+        for column, picture in enumerate(row):
+            smooth = picture.convert("RGB").resize((side, height), Image.Resampling.LANCZOS)
+            page.paste(smooth, (GAP + column * (side + GAP), y))
+        y += height + GAP
+    return page
+
+
 if __name__ == "__main__":
+    thumbnails()
     icon().save(DOCS / "icon.png", optimize=True)
     banner().save(DOCS / "banner.png", optimize=True)

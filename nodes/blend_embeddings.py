@@ -15,7 +15,14 @@ class BlendEmbeddings(io.ComfyNode):
             category=CATEGORY,
             description="Makes one embedding out of two: a mix, the difference, or one after the other. Can also keep "
             "only some vectors of one embedding.",
-            search_aliases=["merge embeddings", "mix embeddings", "slerp", "interpolate", "combine textual inversion"],
+            search_aliases=[
+                "textual inversion blend",
+                "merge embeddings",
+                "mix embeddings",
+                "slerp",
+                "interpolate",
+                "combine textual inversion",
+            ],
             inputs=[
                 EmbeddingSocket.Input("a", tooltip="From Train Textual Inversion or Load Embedding."),
                 EmbeddingSocket.Input(

@@ -17,7 +17,14 @@ class InspectEmbedding(io.ComfyNode):
             category=CATEGORY,
             description="Shows what is in an embedding: the length of its vectors and where it comes from. With a CLIP "
             "also the usual length of a word and the nearest words.",
-            search_aliases=["embedding info", "nearest words", "vector length", "embedding metadata", "ti inspect"],
+            search_aliases=[
+                "textual inversion info",
+                "embedding info",
+                "nearest words",
+                "vector length",
+                "embedding metadata",
+                "ti inspect",
+            ],
             is_output_node=True,
             inputs=[
                 EmbeddingSocket.Input(

@@ -34,6 +34,7 @@ MAIN_FIELDS = (
     "preview_prompt",
     "preview_every",
 )
+FOLDED_FIELDS = {"editability", "size", "seed", "gradient_checkpointing"}  # behind "Show advanced inputs"
 RARE_FIELDS = tuple(name for name in _FIELDS if name not in MAIN_FIELDS)
 
 
@@ -44,6 +45,8 @@ def widget(name: str) -> io.Input:
     """
     item, input_id = _FIELDS[name], _SAVED_NAMES[name]
     common: dict[str, Any] = {"default": item.default, "tooltip": _HELP[name]}
+    if name in FOLDED_FIELDS:
+        common["advanced"] = True
     if input_id != name:
         common["display_name"] = name
     if choices := get_args(item.type):

@@ -26,6 +26,8 @@ class Train(io.ComfyNode):
             search_aliases=[
                 "textual inversion",
                 "train embedding",
+                "train an embedding",
+                "learn",
                 "learn concept",
                 "teach",
                 "personalize",
@@ -51,7 +53,7 @@ class Train(io.ComfyNode):
                     tooltip="One per picture, or one for all: what else the picture shows. Write {} or the trigger "
                     "word where the new word belongs; otherwise it is put in front.",
                 ),
-                SettingsSocket.Input("settings", optional=True, tooltip="From Textual Inversion Settings."),
+                SettingsSocket.Input("settings", optional=True, tooltip="From Training Settings."),
                 EmbeddingSocket.Input(
                     "resume",
                     optional=True,

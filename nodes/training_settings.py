@@ -8,7 +8,7 @@ class TrainingSettings(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TI_TrainingSettings",
-            display_name="Textual Inversion Settings",
+            display_name="Training Settings (Textual Inversion)",
             category=CATEGORY,
             description="Settings of Train Textual Inversion that rarely need to be changed.",
             search_aliases=[

@@ -42,7 +42,7 @@ def out_of_memory_explained(step: int) -> Iterator[None]:
         when = f"at step {step}" if step else "before the first step"
         message = (
             f"Out of memory {when}, even with gradient checkpointing. Reduce size, or reduce batch_size and raise "
-            "accumulation (Textual Inversion Settings)."
+            "accumulation (Training Settings)."
         )
         raise (TrainingStopped if step > 1 else TrainingError)(message) from error
 

@@ -2,7 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { element, filled } from "./lib/page.js";
+import { after, element, filled } from "./lib/page.js";
 
 const TEXTS = {
   add: "Add pictures",
@@ -252,16 +252,6 @@ function makeTile({ name, caption, modified, width, height, masked }, folder) {
     tile.title = [name, TEXTS.noThumbnail].join("\n");
   };
   return tile;
-}
-
-/** Wraps the method `name` of a node or widget so that `more` runs after it. */
-function after(object, name, more) {
-  const first = object[name];
-  object[name] = function (...values) {
-    const result = first?.apply(this, values);
-    more();
-    return result;
-  };
 }
 
 const lists = new Set();

@@ -6,7 +6,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { LossChart } from "./lib/loss_chart.js";
-import { element, filled } from "./lib/page.js";
+import { after, element, filled } from "./lib/page.js";
 
 const TEXTS = {
   hint: "The loss and the preview pictures appear here during training.",
@@ -41,7 +41,7 @@ const TEXTS = {
 const EVENT = "textual_inversion.run";
 const ACTIVE = ["encoding", "searching", "learning", "finishing"];
 const STOPPABLE = ["searching", "learning"];
-const HEIGHTS = { hint: 20, run: 212, pictures: 92 };
+const HEIGHTS = { line: 18, chart: 128, pictures: 92, buttons: 36 }; // with the gaps above them
 const MARGIN = 10;
 
 const panels = new WeakMap(); // node -> TrainPanel
@@ -57,7 +57,10 @@ app.registerExtension({
   },
 
   nodeCreated(node) {
-    if (node.comfyClass === "TI_Train") panels.set(node, new TrainPanel(node));
+    if (node.comfyClass !== "TI_Train") return;
+    panels.set(node, new TrainPanel(node));
+    showTemplateWhereItIsUsed(node);
+    nameTextFields(node);
   },
 
   /** Called after every load, undo and change of tab, which create all nodes again. */
@@ -99,6 +102,34 @@ function nodeAt(executionId) {
   return graph?.getNodeById(id);
 }
 
+/** Only the kind "custom" takes its prompts from "template". */
+function showTemplateWhereItIsUsed(node) {
+  const [kind, template] = ["kind", "template"].map((name) => node.widgets.find((widget) => widget.name === name));
+  const update = () => {
+    template.hidden = template.options.hidden = kind.value !== "custom";
+    node.graph?.setDirtyCanvas(true, false);
+  };
+  after(kind, "callback", update);
+  after(node, "onConfigure", update);
+  update();
+}
+
+/** The canvas shows a text field of several lines without its name; it fits into the margin above. */
+function nameTextFields(node) {
+  const draw = node.onDrawForeground;
+  node.onDrawForeground = function (context) {
+    draw?.apply(this, arguments);
+    if (this.flags.collapsed || app.canvas.low_quality) return;
+    context.fillStyle = LiteGraph.WIDGET_SECONDARY_TEXT_COLOR;
+    context.font = "9px Inter, Arial, sans-serif";
+    context.textAlign = "left";
+    for (const widget of this.widgets) {
+      if (widget.element?.tagName !== "TEXTAREA" || widget.hidden) continue;
+      context.fillText(widget.label ?? widget.name, 12, widget.y + 8);
+    }
+  };
+}
+
 class TrainPanel {
   constructor(node) {
     this.node = node;
@@ -113,8 +144,9 @@ class TrainPanel {
     this.stop = this.button("stop", TEXTS.stop, TEXTS.stopHelp);
     this.preview = this.button("preview", TEXTS.preview, TEXTS.previewHelp);
     const buttons = element("div", { className: "ti-buttons" }, this.stop, this.preview);
-    const lines = element("div", {}, this.state, this.details, this.message);
-    this.run = element("div", { className: "ti-run" }, lines, this.chart.root, this.strip.root, buttons);
+    this.lines = element("div", {}, this.state, this.details, this.message);
+    this.run = element("div", { className: "ti-run" }, this.lines, this.chart.root, this.strip.root, buttons);
+    new ResizeObserver(() => this.fit()).observe(this.lines); // a message takes as many lines as it needs
     const style = element("link", { rel: "stylesheet", href: new URL("train_panel.css", import.meta.url) });
     this.root = element("div", { className: "ti-train" }, style, this.hint, this.run);
     leaveToCanvas(this.root, this.strip.root);
@@ -122,12 +154,13 @@ class TrainPanel {
     this.run.hidden = true;
     const widget = node.addDOMWidget("training", "ti_train_panel", this.root, {
       serialize: false,
+      hideOnZoom: false, // people watch it while they see the whole graph
       margin: MARGIN,
       getMinHeight: () => this.height + 2 * MARGIN,
       getMaxHeight: () => (this.record ? undefined : this.height + 2 * MARGIN),
     });
     widget.serialize = false;
-    this.setHeight(HEIGHTS.hint);
+    this.fit();
 
     const onExecuted = node.onExecuted;
     node.onExecuted = function (message) {
@@ -167,14 +200,19 @@ class TrainPanel {
     setText(this.details, detailText(record));
     setText(this.message, record.message);
     this.chart.show(record, ACTIVE.includes(record.state));
+    this.chart.root.hidden = !record.losses.length;
     this.strip.show(record);
     this.enable();
-    this.setHeight(HEIGHTS.run + (record.pictures.length ? HEIGHTS.pictures : 0));
+    this.fit();
     this.node.graph?.setDirtyCanvas(true, false);
   }
 
   /** Sets the minimum height: the canvas asks the widget for it, Vue nodes read it from the style. */
-  setHeight(height) {
+  fit() {
+    let height = this.lines.offsetHeight || HEIGHTS.line; // 0 while the node is out of sight
+    if (this.record) height += HEIGHTS.buttons;
+    if (this.record?.losses.length) height += HEIGHTS.chart;
+    if (this.record?.pictures.length) height += HEIGHTS.pictures;
     if (height === this.height) return;
     this.height = height;
     this.root.style.minHeight = `${height}px`;

@@ -1,0 +1,116 @@
+"""The templates and the ready block in a real browser."""
+
+import itertools
+import re
+from collections.abc import Iterator
+
+import pytest
+from browser import opened
+from examples import BLOCK, WORKFLOWS, demo_files, nodes_of, read
+from playwright.sync_api import Browser, Page, expect
+
+each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module")
+def page(interface, chromium: Browser) -> Iterator[Page]:
+    """With the front end's own check of what it opens."""
+    check = {"Comfy.Validation.Workflows": True}
+    with demo_files(interface.server), opened(interface.server, chromium, interface.renderer, **check) as page:
+        yield page
+
+
+@each_workflow
+def test_template_opens_and_nothing_overlaps(path, page, interface):
+    """As it comes, and when the panels of Train have grown to what they show during a run."""
+    workflow = read(path)
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text(interface.server.pack_name).first.click()
+    dialog.get_by_role("heading", name=path.stem, exact=True).click()
+    expect(dialog).to_have_count(0)
+    page.wait_for_function("count => app.rootGraph.nodes.length === count", arg=len(workflow["nodes"]))
+    shown = page.evaluate(
+        "app.rootGraph.nodes.map((node) => [node.type, LiteGraph.registered_node_types[node.type]?.type])"
+    )
+    assert all(kind == known for kind, known in shown), shown
+    assert sorted(kind for kind, _ in shown) == sorted(node["type"] for node in workflow["nodes"])
+    expect(page.get_by_text("Invalid workflow")).to_have_count(0)
+    assert overlaps(page) == []
+
+    for node in nodes_of(workflow, "TI_Train"):
+        page.evaluate(
+            """([node, picture]) => comfyAPI.api.api.dispatchCustomEvent("textual_inversion.run", {
+                run: "made up", workflow: app.rootGraph.id, node, state: "done", message: "", step: 1, steps: 1,
+                learning_rate: 0.1, rate: 1, seconds_left: 0, best: 0, losses: [[0, 0.2], [1, 0.1]],
+                fixed: [[0, 0.2]], pictures: [picture],
+            })""",
+            [str(node["id"]), {"step": 1, "filename": "0.png", "subfolder": "heart", "type": "input"}],
+        )
+    expect(page.locator(".ti-train [data-state=done]")).to_have_count(len(nodes_of(workflow, "TI_Train")))
+    assert overlaps(page) == []
+
+
+def test_block_is_found_inserted_and_run(page):
+    """By its name in the search over nodes; the panel of Train lives inside of it."""
+    graph = [
+        {"id": 1, "type": "CheckpointLoaderSimple", "pos": [100, 100], "widgets_values": ["toy.safetensors"]},
+        {"id": 2, "type": "PreviewAny", "pos": [1100, 100]},
+        {"id": 3, "type": "CLIPTextEncode", "pos": [1100, 400], "widgets_values": ["a photo of Zorp"]},
+    ]
+    page.evaluate("nodes => app.loadGraphData({ nodes, links: [], version: 0.4 })", graph)
+    page.wait_for_function("app.rootGraph.nodes.length === 3")
+    page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.type(BLOCK.stem)
+    page.get_by_role("option", name=BLOCK.stem).click()
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    page.mouse.click(700, 400)  # it hangs on the mouse
+    page.wait_for_function("app.rootGraph.nodes.length === 4 && app.canvas.state.ghostNodeId == null")
+
+    inside = {"folder": "heart", "size": 64}
+    outside = {"trigger": "Zorp", "initializer": "heart", "steps": 3, "name": "block"}
+    page.evaluate(
+        """([inside, outside]) => {
+            const [loader, report, encode, block] = app.rootGraph.nodes;
+            const pictures = block.subgraph.nodes.find((node) => node.type === "TI_LoadImages");
+            for (const widget of pictures.widgets) widget.value = inside[widget.name] ?? widget.value;
+            for (const widget of block.widgets) widget.value = outside[widget.name] ?? widget.value;
+            const connect = (from, output, to, input) =>
+                from.connect(from.findOutputSlot(output), to, to.findInputSlot(input));
+            for (const name of ["model", "clip", "vae"]) connect(loader, name.toUpperCase(), block, name);
+            connect(block, "report", report, "source");
+            connect(block, "clip", encode, "clip");
+            return app.queuePrompt(0);
+        }""",
+        [inside, outside],
+    )
+    page.evaluate("app.canvas.setGraph(app.rootGraph.nodes.at(-1).subgraph)")
+    expect(page.locator(".ti-train:visible [data-state=done]")).to_contain_text("Done after 3 steps")
+    shown = page.get_by_role("textbox", name="preview_text")
+    expect(shown).to_have_value(re.compile("embedding:block"))
+    page.evaluate("app.canvas.setGraph(app.rootGraph)")
+    expect(shown).to_have_value(re.compile("Zorp: 1 vector.* initialized from 'heart'"))
+
+
+def overlaps(page: Page) -> list[tuple[str, str]]:
+    """Titles of nodes that lie on each other, once they have their sizes."""
+    before, now = None, boxes(page)
+    while before != now:
+        page.wait_for_timeout(500)
+        before, now = now, boxes(page)
+    return [
+        (one, other)
+        for (one, *a), (other, *b) in itertools.combinations(now, 2)
+        if all(a[i] < b[i] + b[i + 2] and b[i] < a[i] + a[i + 2] for i in (0, 1))
+    ]
+
+
+def boxes(page: Page) -> list[list]:
+    """[title, x, y, width, height] of every node on screen, title bars included."""
+    return page.evaluate("""() => app.rootGraph.nodes.map((node) => {
+        const inVue = document.querySelector(`.lg-node[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+        const scale = app.canvas.ds.scale;
+        const box = inVue ? [inVue.x, inVue.y, inVue.width, inVue.height].map((it) => it / scale) : node.getBounding();
+        return [node.title, ...[...box].map(Math.round)];
+    })""")
