@@ -1,7 +1,12 @@
 """The ComfyUI nodes. Each is a schema and a call into the engine."""
 
+from pathlib import Path
+from urllib.parse import quote
+
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
+
+from nodes import EXTENSION_WEB_DIRS  # ComfyUI's module
 
 from .apply_embedding import ApplyEmbedding
 from .blend_embeddings import BlendEmbeddings
@@ -14,10 +19,23 @@ from .save_embedding import SaveEmbedding
 from .train import Train
 from .training_settings import TrainingSettings
 
+WEB_NAME = "textual-inversion"
+
+
+def serve_web_files(folder: str) -> None:
+    """Gives our web files an address that the web server can serve.
+
+    It does not find files under an address with a blank, so in a ``folder`` with such a name the pack would have no
+    panel and no picture list, without a word.
+    """
+    if quote(folder) != folder:
+        EXTENSION_WEB_DIRS[WEB_NAME] = EXTENSION_WEB_DIRS.pop(folder)
+
 
 class TextualInversionExtension(ComfyExtension):
     @override
     async def on_load(self) -> None:
+        serve_web_files(Path(__file__).parents[1].name)
         add_run_routes()
         add_picture_routes()
 

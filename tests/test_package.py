@@ -1,10 +1,13 @@
 """The package as others see it: imports, versions, templates, help pages."""
 
 import ast
+import asyncio
 import dataclasses
 import json
 import re
+import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -48,9 +51,18 @@ def test_pack_works_without_an_installed_engine():
 
 
 def test_root_imports_nothing_at_once():
-    (_, web, entry) = ast.parse((ROOT / "__init__.py").read_text()).body
-    assert isinstance(web, ast.Assign)
+    (_, *constants, entry) = ast.parse((ROOT / "__init__.py").read_text()).body
+    assert all(isinstance(item, ast.Assign) for item in constants)
     assert isinstance(entry, ast.AsyncFunctionDef)
+
+
+@pytest.mark.parametrize("version", ["0.29.9", "0.3.77", "0.30.0rc1"])
+def test_an_older_comfyui_is_named(version, monkeypatch):
+    monkeypatch.setattr(import_module("comfyui_version"), "__version__", version)
+    entrypoint = runpy.run_path(str(ROOT / "__init__.py"))["comfy_entrypoint"]
+    sentence = f"Textual Inversion needs ComfyUI 0.30.0 or newer, this is {version}: update it."
+    with pytest.raises(ImportError, match=re.escape(sentence)):
+        asyncio.run(entrypoint())
 
 
 def test_one_version_everywhere():

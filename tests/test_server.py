@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dev.comfyui_server import ComfyServer
+from dev.in_process import ROOT
 
 NODE_IDS = {
     "TI_LoadImages",
@@ -385,11 +386,16 @@ def test_batch_of_images_and_one_caption(server):
     assert "learned from 2 pictures" in report
 
 
-@pytest.mark.parametrize("folder", ["my pack-with spaces", "x.y"])
+@pytest.mark.parametrize("folder", ["my päck-with spaces", "x.y"])
 def test_folder_may_have_any_name(folder):
+    """With its nodes and with what the browser loads."""
     with ComfyServer(pack_name=folder) as renamed:
         assert set(renamed.object_info()) >= NODE_IDS
         assert "IMPORT FAILED" not in renamed.log
+        scripts = renamed.http.get(f"{renamed.url}/extensions", timeout=60).json()
+        for name in ("train_panel.js", "load_images.js"):
+            (script,) = [script for script in scripts if script.endswith(f"/{name}")]
+            assert renamed.http.get(renamed.url + script, timeout=60).text == (ROOT / "web" / name).read_text()
 
 
 # Side jobs: what fails beside training does not end it -----------------------------------------------
