@@ -7,36 +7,9 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { LossChart } from "./lib/loss_chart.js";
 import { after, element, filled } from "./lib/page.js";
+import { texts } from "./lib/texts.js";
 
-const TEXTS = {
-  hint: "The loss and the preview pictures appear here during training.",
-  encoding: "Encoding pictures",
-  searching: "Searching for the best initializer",
-  learning: "Training: step {step} of at most {steps}",
-  finishing: "Finishing after {step} steps",
-  done: "Done after {step} steps",
-  cancelled: "Cancelled at step {step}",
-  failed: "Failed at step {step}",
-  rate: "{rate} pictures/s",
-  left: "at least {time} left",
-  hours: "{hours} h {minutes} min",
-  minutes: "{minutes} min {seconds} s",
-  seconds: "{seconds} s",
-  waiting: "the embedding waits for the per-image tokens",
-  improving: "improving",
-  flat: "no progress in {count} evaluations",
-  flatOnce: "no progress in the last evaluation",
-  best: "best at step {step}",
-  learningRate: "learning rate {rate}",
-  stop: "Stop and keep",
-  stopHelp: "Stop training now. The workflow continues with the best vectors so far.",
-  preview: "Preview now",
-  previewHelp: "Draw a preview picture with the current vectors.",
-  refused: "ComfyUI did not accept this. The run may have ended.",
-  lost: "ComfyUI was restarted. Queue the workflow again to resume.",
-  pictureStep: "step {step}",
-  chart: { fixed: "loss on fixed noise", training: "training loss", step: "step {step}" },
-};
+const TEXTS = await texts("panel");
 
 const EVENT = "textual_inversion.run";
 const ACTIVE = ["encoding", "searching", "learning", "finishing"];
@@ -154,6 +127,7 @@ class TrainPanel {
     this.run.hidden = true;
     const widget = node.addDOMWidget("training", "ti_train_panel", this.root, {
       serialize: false,
+      hideInPanel: true, // it has no value to set
       hideOnZoom: false, // people watch it while they see the whole graph
       margin: MARGIN,
       getMinHeight: () => this.height + 2 * MARGIN,
