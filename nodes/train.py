@@ -1,3 +1,4 @@
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from .live import LiveRun
 from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, SettingsSocket, config_of, widget
 from .state_file import StateFile
 from .training_run import Request, run_training
+
+
+LIST_AS_TEXT = re.compile(r"\[\s*(['\"].*['\"]|[\d., ]*|None.*)\s*\]", re.DOTALL)
 
 
 class Train(io.ComfyNode):
@@ -87,7 +91,8 @@ class Train(io.ComfyNode):
         config, preview = config_of(TrainConfig, values), config_of(PreviewConfig, values)
         check_trigger(config.trigger)
         check_settings(config)
-        pictures, masks, captions = _single(images), _single(masks or []), _flat(captions or [])
+        pictures, masks, captions = _single(images), _single(masks or []), captions or []
+        _check_no_list_as_text(captions)
         check_pictures(pictures, masks, captions)
         continued = resume[0] if resume else None
         inputs = [*pictures, *masks, *(continued.parameters() if continued else ())]
@@ -116,9 +121,14 @@ def _check_single(inputs: Mapping[str, Sequence[Any]]) -> None:
             )
 
 
-def _flat(captions: Sequence[Any]) -> list[Any]:
-    """Callers of the API may send a list as one value."""
-    return [text for item in captions for text in (item if isinstance(item, list) else [item])]
+def _check_no_list_as_text(captions: Sequence[Any]) -> None:
+    """Raises UserError where ComfyUI has turned a list that came through the API into one text."""
+    for caption in captions:
+        if isinstance(caption, str) and LIST_AS_TEXT.fullmatch(caption):
+            raise UserError(
+                "The captions are a list that has become one text: connect Load Images, or another node that gives a "
+                "list of texts, one for each picture."
+            )
 
 
 def _single(batches: list[Tensor]) -> list[Tensor]:

@@ -22,7 +22,7 @@ from .training import Step, finished, still_improving
 UNSEEN = ("{} on the beach", "{} in the snow at night", "a red {} wearing a hat", "a drawing of {} and a dog")
 GOOD = 0.9  # of the outputs for those prompts stay as they are with the initializer
 LENGTH_WARNING = 3.0  # times the length of a word's vector: longer vectors drown other words
-FAR_FROM_USUAL = 10.0  # times: a learning rate that decides what comes out
+VERY_SMALL, VERY_LARGE = 0.1, 2.5  # times the usual learning rate: it decides what comes out
 
 
 def learned_embedding(step: Step, config: TrainConfig, base_model: str) -> Embedding:
@@ -122,9 +122,9 @@ def what_was_learned(progress: Progress, origin: str) -> str:
 def unusual_rate(config: TrainConfig) -> str:
     """The learning rate's part in the result, where somebody has chosen one far from the optimizer's own."""
     usual, chosen = learning_rate(replace(config, learning_rate=0.0)), learning_rate(config)
-    if chosen * FAR_FROM_USUAL <= usual:
+    if chosen <= VERY_SMALL * usual:
         return f"The learning rate {chosen:g} is very small (usual: {usual:g}): little can be learned in few steps."
-    if chosen >= FAR_FROM_USUAL * usual:
+    if chosen >= VERY_LARGE * usual:
         return f"The learning rate {chosen:g} is very large (usual: {usual:g}): pictures may turn to noise."
     return ""
 
