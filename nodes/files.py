@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 
@@ -49,9 +50,14 @@ def states_folder() -> Path:
     return Path(folder_paths.get_system_user_directory("textual_inversion"))
 
 
-def workflow_id(extra_pnginfo: dict | None) -> str:
-    """The frontend's id of the workflow. Empty if the workflow was queued without the frontend."""
-    return (extra_pnginfo or {}).get("workflow", {}).get("id") or ""
+def workflow_id(extra_pnginfo: Any) -> str:
+    """The frontend's id of the workflow. Empty if the workflow was queued without the frontend.
+
+    Whoever calls the API may send anything.
+    """
+    workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
+    number = workflow.get("id") if isinstance(workflow, dict) else None
+    return number if isinstance(number, str) else ""
 
 
 def base_model(prompt: dict | None, node_id: str | None) -> str:

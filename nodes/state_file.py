@@ -1,11 +1,22 @@
 """Where an unfinished run waits for its graph to be queued again."""
 
 import hashlib
+import logging
+import re
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..textual_inversion.state import load_state, save_state
+from ..textual_inversion import UserError
+from ..textual_inversion.state import PARTIAL, load_state, save_state
 from .files import states_folder
+
+MOST_STATES = 20  # besides that of the run at hand
+MOST_DAYS = 30
+DAY = 24 * 60 * 60  # seconds
+LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp")  # what formats.write leaves when the process is killed
 
 
 @dataclass(frozen=True)
@@ -23,10 +34,18 @@ class StateFile:
         return cls(owner[:12], fingerprint[:32])
 
     def read(self) -> dict[str, Any] | None:
-        """What was saved with the same settings and pictures, by any node."""
-        for path in states_folder().glob(f"*-{self.fingerprint}.state"):
+        """What was saved with the same settings and pictures, by any node.
+
+        Raises UserError where there are only files that are damaged or of another version; they are removed.
+        """
+        damaged = False
+        for path in self._files():
             if saved := load_state(path):
                 return saved
+            damaged = True
+            path.unlink(missing_ok=True)
+        if damaged:
+            raise UserError("its file is damaged, or of another version, so training starts over.")
         return None
 
     def write(self, content: dict[str, Any]) -> None:
@@ -38,6 +57,36 @@ class StateFile:
         return any(states_folder().glob(f"{self.owner}-*.state"))
 
     def remove(self) -> None:
-        for pattern in (f"*-{self.fingerprint}.state", f"{self.owner}-*.state"):
-            for path in states_folder().glob(pattern):
+        """Removes this run's state. Those of other settings and pictures wait on."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
+
+    def sweep(self, folders: Sequence[Path]) -> None:
+        """Removes unfinished runs that nobody went on with, and what killed processes left here and in ``folders``.
+
+        The newest ``MOST_STATES`` stay, for ``MOST_DAYS``; the state of this run always does.
+        """
+        own = set(self._files())
+        others = sorted(set(states_folder().glob("*.state")) - own, key=lambda path: path.stat().st_mtime, reverse=True)
+        removed = [path for number, path in enumerate(others) if number >= MOST_STATES or _days_old(path) > MOST_DAYS]
+        for path in removed:
+            path.unlink(missing_ok=True)
+        if removed:
+            logging.info(
+                "Textual inversion: removed %d unfinished runs; the newest %d are kept, for %d days.",
+                len(removed),
+                MOST_STATES,
+                MOST_DAYS,
+            )
+        leftovers = [*states_folder().glob(f"*{PARTIAL}")]
+        leftovers += [path for folder in folders for path in folder.glob("*.tmp") if LEFTOVER.search(path.name)]
+        for path in leftovers:
+            if _days_old(path) > 1:  # not what another process is writing
                 path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return list(states_folder().glob(f"*-{self.fingerprint}.state"))
+
+
+def _days_old(path: Path) -> float:
+    return (time.time() - path.stat().st_mtime) / DAY

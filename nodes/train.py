@@ -1,10 +1,14 @@
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..textual_inversion import PreviewConfig, TrainConfig
+from ..textual_inversion import PreviewConfig, TrainConfig, UserError
 from ..textual_inversion.adapters.comfyui import ComfyModel
-from ..textual_inversion.dataset import make_dataset
+from ..textual_inversion.dataset import check_pictures, make_dataset
 from ..textual_inversion.optimizers import check_settings
 from ..textual_inversion.prompts import check_trigger
 from ..textual_inversion.state import fingerprint
@@ -13,6 +17,9 @@ from .live import LiveRun
 from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, SettingsSocket, config_of, widget
 from .state_file import StateFile
 from .training_run import Request, run_training
+
+
+LIST_AS_TEXT = re.compile(r"\[\s*(['\"].*['\"]|[\d., ]*|None.*)\s*\]", re.DOTALL)
 
 
 class Train(io.ComfyNode):
@@ -80,25 +87,50 @@ class Train(io.ComfyNode):
     def execute(
         cls, model, clip, vae, images, masks=None, captions=None, settings=None, resume=None, **widgets
     ) -> io.NodeOutput:
+        single = {"model": model, "clip": clip, "vae": vae, "settings": settings, "resume": resume, **widgets}
+        _check_single({name: value for name, value in single.items() if value is not None})
         values = {name: value[0] for name, value in widgets.items()} | (settings or [{}])[0]
         config, preview = config_of(TrainConfig, values), config_of(PreviewConfig, values)
         check_trigger(config.trigger)
         check_settings(config)
         pictures, masks, captions = _single(images), _single(masks or []), captions or []
+        _check_no_list_as_text(captions)
+        check_pictures(pictures, masks, captions)
         continued = resume[0] if resume else None
         inputs = [*pictures, *masks, *(continued.parameters() if continued else ())]
         workflow, node = workflow_id(cls.hidden.extra_pnginfo), cls.hidden.unique_id
-        state_file = StateFile.of(workflow, node, fingerprint(config, captions, inputs))
+        base = base_model(cls.hidden.prompt, node)
+        state_file = StateFile.of(workflow, node, fingerprint(config, [base, *captions], inputs))
         # ComfyUI's inference tensors cannot be trained on.
         with LiveRun(workflow, node) as live, torch.inference_mode(False):
             comfy_model = ComfyModel(model[0], clip[0], vae[0], config.gradient_checkpointing)
             dataset = make_dataset(comfy_model.encode_images, pictures, masks, captions, config)
-            request = Request(config, preview, continued, base_model(cls.hidden.prompt, node))
+            request = Request(config, preview, continued, base)
             result = run_training(comfy_model, dataset, request, live, state_file)
         shown = {"text": [result.report], "textual_inversion": [live.record.to_dict()]}
         return io.NodeOutput(
             result.embedding, {"loss": result.losses}, torch.cat(result.pictures), result.report, ui=shown
         )
+
+
+def _check_single(inputs: Mapping[str, Sequence[Any]]) -> None:
+    """Raises UserError for a list of several values where one is needed: ComfyUI hands every input as a list."""
+    for name, values in inputs.items():
+        if len(values) != 1:
+            raise UserError(
+                f"{len(values)} values are connected to {name!r}, but a run takes one: connect a single value, or "
+                "queue the graph once for each of them."
+            )
+
+
+def _check_no_list_as_text(captions: Sequence[Any]) -> None:
+    """Raises UserError where ComfyUI has turned a list that came through the API into one text."""
+    for caption in captions:
+        if isinstance(caption, str) and LIST_AS_TEXT.fullmatch(caption):
+            raise UserError(
+                "The captions are a list that has become one text: connect Load Images, or another node that gives a "
+                "list of texts, one for each picture."
+            )
 
 
 def _single(batches: list[Tensor]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -29,9 +29,9 @@ from ..textual_inversion.adapters.protocol import DiffusionModel, TrainableModel
 from ..textual_inversion.dataset import Dataset
 from ..textual_inversion.devices import is_out_of_memory
 from ..textual_inversion.initializer import with_initializer
-from ..textual_inversion.prompts import place_trigger
-from ..textual_inversion.report import learned_embedding, report
-from ..textual_inversion.training import earliest_end, still_improving
+from ..textual_inversion.prompts import place_trigger, trigger_pattern
+from ..textual_inversion.report import how_it_ended, learned_embedding, more_steps, report
+from ..textual_inversion.training import check_prompts, earliest_end, finished, still_improving
 from .files import embeddings_folder, output_folder, temporary_folder
 from .live import LiveRun, thinned
 from .state_file import StateFile
@@ -66,6 +66,8 @@ def run_training(model: ComfyModel, dataset: Dataset, request: Request, live: Li
     """Trains, or resumes an unfinished run of the same settings and pictures."""
     began, notes = time.perf_counter(), Notes(live)
     saved = None
+    with notes.side_job("Old unfinished runs cannot be removed"):
+        state_file.sweep([temporary_folder(), embeddings_folder(), output_folder()])
     with notes.side_job("The unfinished run of before cannot be read"):
         saved = state_file.read()
     if saved and saved["training"]["progress"]["step"] >= request.config.steps:  # done: it waits for more steps
@@ -73,12 +75,20 @@ def run_training(model: ComfyModel, dataset: Dataset, request: Request, live: Li
         saved = None
     with model.training() as trainable:
         start, config = starting_point(trainable, dataset, request, saved, live)
-        run = TrainingRun(trainable, config, request, dataset.latents[0].shape, live, state_file, notes)
         steps = train(trainable, start.trainable(), dataset, config, saved["training"] if saved else None)
-        last, ended = run.follow(steps, saved)
+        first = next(steps)
+        if saved and not first.number and not request.config.initializer and request.continued is None:
+            # Of another model, for which another word may be the best.
+            start, config = starting_point(trainable, dataset, request, None, live)
+            steps = train(trainable, start.trainable(), dataset, config)
+            first = next(steps)
+        run = TrainingRun(trainable, config, request, dataset.latents[0].shape, live, state_file, notes)
+        run.check_preview(start)
+        last, ended = run.follow(first, steps, saved)
         name = formats.file_name(config.trigger)
         learned = run.write(last, name, [temporary_folder(), embeddings_folder(), output_folder()])
-        live.tell("finishing", message=ended or live.record.message)
+        ended = ended or how_it_ended(last.progress, config)
+        live.tell("finishing", message=" ".join(filter(None, [live.record.message, ended])))
         origin = "the given embedding" if request.continued else repr(config.initializer)
         text = report(trainable, dataset, config, start, last, origin, ended)
     if not model.supports_embedding_files:
@@ -104,12 +114,25 @@ def starting_point(
         return start, replace(config, vectors=start.count)
     start = initial_embedding(vocabularies, config.trigger, config.initializer, config.vectors)
     model.check_compatible(dataset.latents[0], config.trigger, start)
+    check_prompts(model, start, dataset, config)  # before a search that takes its time
     if saved:
         config = replace(config, initializer=saved["initializer"])
     elif not config.initializer:
         live.tell("searching", steps=config.steps)
-        config = with_initializer(model, dataset, config)
+        config = with_initializer(model, dataset, config, search_progress(live))
     return initial_embedding(vocabularies, config.trigger, config.initializer, config.vectors), config
+
+
+def search_progress(live: LiveRun) -> Callable[[int, int], None]:
+    """Shows how far the search for an initializer is, in the panel and in ComfyUI's progress bar."""
+    bars: list[comfy.utils.ProgressBar] = []
+
+    def show(done: int, total: int) -> None:
+        live.tell("searching", message=f"Looking for a word to start from: {done / total:.0%}.")
+        bars[:] = bars or [comfy.utils.ProgressBar(total)]
+        bars[0].update_absolute(done)  # raises ComfyUI's interrupt
+
+    return show
 
 
 @dataclass
@@ -162,10 +185,12 @@ class TrainingRun:
     """Average time of one step."""
     preview_failed: bool = False
 
-    def follow(self, steps: Generator[Step, bool | None], saved: dict[str, Any] | None) -> tuple[Step, str]:
+    def follow(
+        self, first: Step, steps: Generator[Step, bool | None], saved: dict[str, Any] | None
+    ) -> tuple[Step, str]:
         """The last good step, and the reason why training stopped before the loop ended, or an empty string."""
         progress = comfy.utils.ProgressBar(self.config.steps)
-        first = last = next(steps)
+        last = first
         self.begin(first, saved)
         began = time.perf_counter()
         try:
@@ -173,10 +198,10 @@ class TrainingRun:
                 if last is not first:
                     self.record(last, time.perf_counter() - began)
                 self.show(last, progress)  # raises ComfyUI's interrupt
-                if self.live.stop.is_set():
+                if last.number and self.live.stop.is_set():  # one loss alone is no curve for Plot Loss Graph
                     last = steps.send(True)
                     self.note_fixed_loss(last)
-                    return last, f"Stopped by hand: kept the vectors of step {last.best_step}."
+                    return last, f"Stopped by hand. {more_steps(last.progress)}"
                 began = time.perf_counter()
             return last, ""
         except TrainingStopped as error:
@@ -198,9 +223,21 @@ class TrainingRun:
         else:
             self.losses, self.fixed = [first.loss], [(0, first.loss)]
             if saved or self.state_file.has_others:
-                changed = "the model" if saved else "settings, pictures or the node pack"
-                message = f"Started over: {changed} changed since the unfinished run."
-        self.live.tell("learning", message=message, steps=self.config.steps)
+                changed = "the model" if saved else "settings, pictures, the model or the node pack"
+                kept = "" if saved else ", which is kept"
+                message = f"Started over: {changed} changed since the unfinished run{kept}."
+        self.live.tell("learning", message=" ".join([*self.notes.texts, message]).strip(), steps=self.config.steps)
+
+    def check_preview(self, start: Embedding) -> None:
+        """Says now what would be wrong with every preview."""
+        prompt = place_trigger(self.request.preview.preview_prompt, self.config.trigger)
+        if not trigger_pattern(self.config.trigger).search(prompt):
+            self.notes.add(
+                f"Previews do not show the word: write {{}} or {self.config.trigger!r} into the preview prompt."
+            )
+            return
+        with self.notes.side_job("Previews will not show the word as it is"):
+            self.model.check_prompts([prompt], start)
 
     def record(self, step: Step, seconds: float) -> None:
         self.seconds = 0.9 * self.seconds + 0.1 * seconds if self.seconds else seconds
@@ -247,7 +284,8 @@ class TrainingRun:
 
     def preview_is_due(self, step: Step) -> bool:
         every = self.request.preview.preview_every
-        return every > 0 and step.number % every == 0 and not self.preview_failed
+        last = step.number >= self.config.steps or finished(step.progress, self.config)  # drawn as the result anyway
+        return every > 0 and step.number % every == 0 and not last and not self.preview_failed
 
     def draw(self, model: DiffusionModel, embedding: Embedding, number: int) -> None:
         """One preview picture of the vectors at step ``number``. After one that failed only the last is tried."""

@@ -1,14 +1,26 @@
 """Bad input: one clear sentence each, before anything is trained."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from textual_inversion import PreviewConfig, TrainConfig, UserError, initial_embedding
 from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.adapters.comfyui_tokens import with_embeddings
 from textual_inversion.dataset import Batch, check_pictures, make_dataset
 from textual_inversion.formats import file_name
 from textual_inversion.image_tokens import IMAGE_SLOT, IMAGE_TEMPLATES, image_trigger
-from textual_inversion.prompts import SLOT, TEMPLATES, caption_prompt, check_trigger, template_prompts
+from textual_inversion.prompts import (
+    MARK,
+    SLOT,
+    TEMPLATES,
+    caption_prompt,
+    check_trigger,
+    template_prompts,
+    trigger_pattern,
+)
+from textual_inversion.training import check_prompts
 
 PICTURE = torch.rand(1, 16, 16, 3)
 
@@ -62,13 +74,37 @@ def test_bad_file_names(name):
         ([PICTURE, PICTURE * float("nan")], [], [], "Picture 2 contains NaN"),
         ([torch.rand(16, 16, 3)], [], [], "Picture 1 has shape"),
         ([PICTURE] * 3, [PICTURE[..., 0]] * 2, [], "2 masks for 3 pictures"),
-        ([PICTURE], [torch.zeros(1, 16, 16)], [], "Mask 1 is empty"),
+        ([PICTURE], [torch.zeros(1, 16, 16)], [], r"white in mask 1, .*from Load Image \(Invert Mask\)"),
+        ([PICTURE] * 3, [PICTURE[..., 0], *[torch.zeros(1, 64, 64)] * 2], [], "white in masks 2 and 3,"),
+        ([PICTURE] * 9, [torch.zeros(1, 64, 64)] * 9, [], "white in masks 1, 2, 3, 4, 5 and 4 more,"),
+        ([PICTURE], [torch.zeros(1, 0, 0)], [], "white in mask 1,"),
+        ([PICTURE] * 2, [PICTURE[..., 0], PICTURE[..., 0] * float("inf")], [], "Mask 2 contains NaN or infinite"),
         ([PICTURE] * 3, [], ["a", "b"], "2 captions for 3 pictures"),
+        ([PICTURE] * 2, [], ["a", None], "Caption 2 is None, which is no text"),
+        ([PICTURE], [], [7], "Caption 1 is 7, which is no text"),
+        ([PICTURE], [], [{"text": "a"}], "Caption 1 is {'text': 'a'}, which is no text"),
+        ([PICTURE], [], [b"a"], "Caption 1 is b'a', which is no text"),
+        ([PICTURE], [], [torch.zeros(300)], "Caption 1 is tensor"),
     ],
 )
 def test_bad_pictures(images, masks, captions, message):
     with pytest.raises(UserError, match=message):
         check_pictures(images, masks, captions)
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("broken", "named"), [([1], "picture 2"), ([0, 2], "pictures 1 and 3"), ([0, 1, 2], "1, 2 and")]
+)
+def test_latents_that_are_no_numbers_name_the_pictures(broken, named, flip):
+    def encode(images):
+        latents = [torch.zeros(4, 2, 2) for _ in images]
+        for number in broken:
+            latents[number][0, 0, 0] = float("nan")
+        return latents
+
+    with pytest.raises(UserError, match=rf"The VAE makes NaN of .*{named}"):
+        make_dataset(encode, [PICTURE] * 3, [], [], TrainConfig(flip_probability=flip))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +180,50 @@ def test_more_vectors_than_a_prompt_holds(graph):
         model.check_prompts(["a photo of S*"], word)
         with pytest.raises(UserError, match="use fewer vectors or a shorter prompt"):
             model.check_prompts(["a photo of the S*"], word)
+
+
+def test_the_prompt_in_a_message_is_the_users_own(graph):
+    """The sentences for pictures without captions hold names of the pack's own."""
+    config = TrainConfig(vectors=75, per_image_tokens=3)
+    with ComfyModel(*graph).training() as model:
+        dataset = make_dataset(lambda images: [torch.zeros(4, 2, 2)] * len(images), [PICTURE], [], [], config)
+        word = initial_embedding(model.vocabularies(), "S*", "toy", 75)
+        with pytest.raises(UserError) as caught:
+            check_prompts(model, word, dataset, config)
+    assert "The prompt 'a photo of S* on a ... background' has no room" in str(caught.value)
+
+
+INSIDE = ["image-0", "ti-image-0", "ti-context-0", "ti-embedding-0", "ti-embedding-5", "ti-vector-0", "ti-word-5"]
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_names_of_the_packs_own_are_ordinary_text(graph, name):
+    """In a prompt, as an embedding that is not there, and in the caption of a picture."""
+    with ComfyModel(*graph).training() as model:
+        word = initial_embedding(model.vocabularies(), "S*", "toy", 2)
+        image = replace(word, trigger=image_trigger(0))
+    clip = with_embeddings(graph.clip, word, image)
+    for prompt in (f"a photo of {name}", f"a photo of embedding:{name} here", f"(embedding:{name}:1.2)"):
+        assert ids(clip, prompt) == ids(graph.clip, prompt)
+    caption = caption_prompt(f"{name} on grass, {MARK}image-0{MARK}", "S*", "object")
+    assert not trigger_pattern(image_trigger(0)).search(caption)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_trigger_may_be_called_like_a_name_of_the_packs_own(graph, name):
+    with ComfyModel(*graph).training() as model:
+        word = initial_embedding(model.vocabularies(), name, "toy", 2)
+        image = replace(initial_embedding(model.vocabularies(), "S*", "dog", 3), trigger=image_trigger(0))
+    clip = with_embeddings(graph.clip, word, image)
+    for sections in clip.tokenize(f"a photo of {name} on a {image_trigger(0)} background").values():
+        vectors = [token for section in sections for token, _ in section if torch.is_tensor(token)]
+        assert len(vectors) == 5
+
+
+def ids(clip, prompt):
+    return {
+        key: [[int(token) for token, _ in section] for section in parts] for key, parts in clip.tokenize(prompt).items()
+    }
 
 
 def test_clip_of_another_model(checkpoints, load):

@@ -1,5 +1,8 @@
 """How a run tells whether it learns: agreement of gradients, paired evaluations, what is kept, and when it ends."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy.stats import sem
@@ -8,9 +11,18 @@ from demo.measure import Bench, Concept
 from textual_inversion import TrainConfig, initial_embedding, train, training
 from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.agreement import Agreement, in_words
-from textual_inversion.dataset import make_dataset
+from textual_inversion.dataset import Dataset, fixed_batches, make_dataset
 from textual_inversion.evaluation import CERTAIN, Difference, Evaluation, fairest, flat, gain, settled
-from textual_inversion.report import report, what_was_learned, why_it_ended
+from textual_inversion.initializer import with_initializer
+from textual_inversion.optimizers import learning_rate
+from textual_inversion.report import (
+    how_it_ended,
+    more_steps,
+    pictures_used,
+    report,
+    unusual_rate,
+    what_was_learned,
+)
 from textual_inversion.state import fingerprint
 from textual_inversion.training import learning_rate_factor
 
@@ -146,8 +158,11 @@ def test_run_without_progress_ends_by_itself_and_says_so(trainable, monkeypatch)
     assert last.number < 500
     assert not last.progress.gain.mean > 0.01 * last.progress.initial_loss
     text = report(model, dataset, config, embedding, last, "'toy'")
-    assert "Ended: no measurable progress." in text
-    assert "Gradients at the start: " in text
+    assert "Ended by itself" in text
+    assert "more would hardly help" in text
+    assert "The learning rate 1e-06 is very small (usual: 0.35)" in text
+    assert "Try next: learning_rate 0 (Settings)" in text
+    assert len(text.splitlines()) <= 8
 
 
 def test_vectors_that_are_surely_worse_than_the_initializer_are_not_kept():
@@ -207,9 +222,121 @@ def test_report_tells_chance_from_learning_and_how_it_ended(trainable):
     progress = last.progress
     assert ("Nothing was measurably learned" in what_was_learned(progress, "'toy'")) == (not progress.gain.certain)
     assert progress.gain.certain == (progress.gain.mean > CERTAIN * progress.gain.error)
-    assert "Ended at the upper bound" in why_it_ended(progress, config)
-    assert ("raise steps and run again" in why_it_ended(progress, config)) == (progress.flat == 0)
-    assert "still improving" not in why_it_ended(progress, TrainConfig(steps=4, patience=0))
+    assert "Ended at the upper bound" in how_it_ended(progress, config)
+    assert ("raise steps and run again" in how_it_ended(progress, config)) == (progress.flat == 0)
+    forever = how_it_ended(progress, TrainConfig(steps=4, patience=0))
+    assert "run again" not in forever, "such a run cannot go on"
+    assert ("more steps would help" in forever) == (progress.flat == 0)
+
+
+@pytest.mark.parametrize(
+    ("released", "flat", "told"),
+    [(None, 0, "had not begun to learn"), (5, 0, "more steps would help"), (5, 2, "more would hardly help")],
+)
+def test_report_tells_whether_more_steps_would_help(trainable, released, flat, told):
+    _, start = trainable
+    progress = replace(next(start(TrainConfig(), ["{}"])[2]).progress, released=released, flat=flat)
+    assert told in more_steps(progress)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "captions", "masks", "told"),
+    [
+        (5, 0, 0, "5 pictures (none with captions)"),
+        (5, 3, 0, "5 pictures (3 with captions)"),
+        (5, 5, 5, "5 pictures (all with captions, all with masks)"),
+        (1, 1, 0, "1 picture (all with captions)"),
+    ],
+)
+def test_report_tells_pictures_and_captions(pictures, captions, masks, told):
+    latents, texts = [torch.zeros(4, 2, 2)] * pictures, ["on grass"] * captions + ["  "] * (pictures - captions)
+    white = [torch.ones(1, 16, 16)] * masks
+    images = [torch.rand(1, 16, 16, 3)] * pictures
+    dataset = make_dataset(lambda _: latents, images, white, texts if captions else [], TrainConfig())
+    assert pictures_used(dataset) == told
+
+
+@pytest.mark.parametrize("optimizer", ["sphere", "adamw"])
+@pytest.mark.parametrize(
+    ("times", "told"), [(0.0, ""), (1.0, ""), (0.5, ""), (2.0, ""), (0.02, "very small"), (2.8, "very large")]
+)
+def test_report_tells_the_part_of_a_learning_rate_far_from_the_usual(optimizer, times, told):
+    rate = times * learning_rate(TrainConfig(optimizer=optimizer))
+    text = unusual_rate(TrainConfig(optimizer=optimizer, learning_rate=rate))
+    assert told in text
+    assert bool(text) == bool(told)
+
+
+# Fixed noise ---------------------------------------------------------------------------------------
+
+
+def of_shapes(*sides: int) -> Dataset:
+    """One picture of each side, in this order; the number of a picture is in its latents."""
+    latents = [torch.full((1, side, side), float(number)) for number, side in enumerate(sides)]
+    return Dataset(latents, [], [], [("a",)] * len(sides), [""] * len(sides))
+
+
+MIXES = {
+    "one": [2],
+    "alike": [2] * 5,
+    "nine shapes": range(1, 10),
+    "sixteen shapes": range(1, 17),
+    "seventeen, two shapes": [2] * 16 + [3],
+    "in turn": [2, 3, 4] * 9,
+    "forty alike": [2] * 40,
+    "two hundred shapes": range(1, 201),
+    "a rare one": [2] * 30 + [5] + [3] * 30,
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_fixed_noise_covers_the_schedule_whatever_the_shapes(mix, batch_size):
+    dataset, seen = of_shapes(*MIXES[mix]), set()
+    pictures = len(dataset.latents)
+    blocks = math.ceil(pictures / 16)
+    for block in range(blocks):
+        batches = fixed_batches(dataset, TrainConfig(batch_size=batch_size), block=block)
+        quantiles = torch.cat([batch.quantiles for batch in batches])
+        rows = len(quantiles)
+        assert 8 <= rows <= 16
+        assert torch.allclose(quantiles.sort().values, (torch.arange(rows) + 0.5) / rows)
+        assert all(1 <= len(batch.prompts) <= batch_size for batch in batches)
+        seen |= {int(number) for batch in batches for number in batch.latents[:, 0, 0, 0]}
+    assert seen == set(range(pictures)), "in their turns all pictures are measured"
+
+
+# The search for an initializer -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_search_tells_how_far_it_is_and_stays_small(trainable, pictures, count):
+    model, _ = trainable
+    config, told = TrainConfig(), []
+    encode = ComfyModel.encode_images
+    dataset = make_dataset(lambda images: encode(model, images), pictures(count), [], [], config)
+    found = with_initializer(model, dataset, config, lambda *progress: told.append(progress))
+    assert found.initializer
+    done, totals = zip(*told, strict=True)
+    assert done[0] == 0
+    assert list(done) == sorted(set(done)), "it only goes forward"
+    assert set(totals) == {done[-1]}
+    assert done[-1] <= 17 * 16 / config.batch_size
+
+
+def test_search_ends_at_once(trainable, pictures):
+    model, _ = trainable
+    config, told = TrainConfig(), []
+    dataset = make_dataset(lambda images: ComfyModel.encode_images(model, images), pictures(2), [], [], config)
+
+    def cancel(done, total):
+        told.append(done)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        with_initializer(model, dataset, config, cancel)
+    assert len(told) == 3
 
 
 def test_more_steps_resume_the_same_run_where_the_rate_does_not_depend_on_them():

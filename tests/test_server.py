@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -181,10 +182,11 @@ def test_learning_workflow(server, model):
     assert json.loads(metadata["settings"])["steps"] == 6
     assert {"steps", "seed", "version"} <= metadata.keys()
 
-    # Previews at steps 0, 3, 6 and at the end; progress with pictures on the way; a loss graph.
-    assert len(outputs["previews"]["images"]) == 4
+    # Previews at steps 0, 3 and of the result, once; progress with pictures on the way; a loss graph.
+    assert len(outputs["previews"]["images"]) == 3
     (record,) = outputs["train"]["textual_inversion"]
-    assert [picture["step"] for picture in record["pictures"]] == [0, 3, 6, 6]
+    assert [picture["step"] for picture in record["pictures"]] == [0, 3, 6]
+    assert "Ended at the upper bound" in record["message"]
     assert outputs["plot"]["images"]
     assert "S*: 1 vector" in outputs["report"]["text"][0]
     steps = [event["data"] for event in run.events if event["type"] == "progress" and event["data"]["max"] == 6]
@@ -318,19 +320,35 @@ def test_interrupt_in_the_middle(server, checkpointing):
     healthy(server, reference)
 
 
-def test_stop_before_the_first_step_keeps_the_start(server):
-    """*Stop and keep* while the initializer is searched for: the rest of the graph runs with its vectors."""
+def test_stop_before_the_first_step_takes_one(server):
+    """*Stop and keep* while the initializer is searched for: the rest of the graph runs, Plot Loss Graph included."""
 
     def stop(event):
         if event["type"] == "textual_inversion.run" and event["data"]["state"] == "encoding":
             server.http.post(f"{server.url}/textual_inversion/runs/{event['data']['run']}/stop", timeout=60)
 
-    graph = learning_graph(initializer="", seed=41)
-    del graph["plot"]  # core's Plot Loss Graph needs two different losses
-    outputs = server.run(graph, on_event=stop).history["outputs"]
+    outputs = server.run(learning_graph(initializer="", seed=41), on_event=stop).history["outputs"]
     (report,) = outputs["train"]["text"]
-    assert "0 steps of 2 pictures. Stopped by hand: kept the vectors of step 0." in report
+    assert "1 steps of 2 pictures. Stopped by hand. " in report
+    assert "more steps would help" in report
     assert outputs["save"]["text"]
+    assert outputs["plot"]["images"]
+
+
+def test_the_search_for_an_initializer_is_shown_and_cancelled_at_once(server):
+    shown = []
+
+    def cancel(event):
+        data = event["data"]
+        if event["type"] == "textual_inversion.run" and data["state"] == "searching" and "%" in data["message"]:
+            shown.append(data["message"])
+            server.interrupt()
+
+    run = server.run(learning_graph(initializer="", seed=42), on_event=cancel, check=False)
+    assert "execution_interrupted" in [event["type"] for event in run.events]
+    assert shown[0].startswith("Looking for a word to start from: ")
+    states = [event["data"]["state"] for event in run.events if event["type"] == "textual_inversion.run"]
+    assert "learning" not in states
 
 
 def test_error_in_the_middle(server):
@@ -364,12 +382,80 @@ def links(loader):
         ({"trigger": "a/b"}, "contains '/'"),
         ({"kind": "custom", "template": "nothing"}, "does not contain {} or 'S*'"),
         ({"vectors": 75}, "use fewer vectors or a shorter prompt"),
+        ({"vectors": 75, "initializer": ""}, "use fewer vectors or a shorter prompt"),
     ],
 )
 def test_bad_input_reaches_the_user_as_a_sentence(server, settings, message):
     run = server.run(learning_graph(**settings), check=False)
     assert message in run.error["exception_message"]
     assert run.error["node_type"] == "TI_Train"
+    states = [event["data"]["state"] for event in run.events if event["type"] == "textual_inversion.run"]
+    assert not {"searching", "learning"} & set(states), "it is told before anything takes time"
+
+
+@pytest.mark.parametrize("name", ["trigger", "seed", "steps", "model", "vae", "settings"])
+def test_a_list_where_one_value_is_needed(server, name):
+    graph = learning_graph()
+    graph["list"] = node("TIT_Twice", value=graph["train"]["inputs"][name])
+    graph["train"]["inputs"][name] = ["list", 0]
+    run = server.run(graph, check=False)
+    assert f"2 values are connected to '{name}', but a run takes one" in run.error["exception_message"]
+
+
+@pytest.mark.parametrize(
+    ("captions", "told"),
+    [
+        (["on grass", "on sand"], "2 pictures (all with captions"),
+        (["on grass"], "2 pictures (all with captions"),
+        (["", "on grass"], "2 pictures (1 with captions"),
+        (["on grass", 2], "Caption 2 is 2, which is no text"),
+        ([None], "Caption 1 is None, which is no text"),
+        ([["a", "b"]], "Caption 1 is ['a', 'b'], which is no text"),
+        (["a", "b", "c"], "3 captions for 2 pictures"),
+    ],
+)
+def test_captions_of_other_nodes(server, captions, told):
+    graph = learning_graph(steps=2, preview_every=0, seed=91)
+    graph["list"] = node("TIT_List", values={"__value__": captions})
+    graph["train"]["inputs"]["captions"] = ["list", 0]
+    run = server.run(graph, check=False)
+    assert told in (run.error["exception_message"] if run.error else report_of(run))
+
+
+@pytest.mark.parametrize("captions", [["on grass", "on sand"], ['it\'s "grass"'], [1, 2], [None, None], []], ids=str)
+def test_a_list_of_captions_through_the_api_is_no_caption(server, captions):
+    """ComfyUI makes a text of it before the node sees it."""
+    graph = learning_graph(steps=2, preview_every=0, seed=91)
+    graph["train"]["inputs"]["captions"] = {"__value__": captions}
+    run = server.run(graph, check=False)
+    assert "The captions are a list that has become one text" in run.error["exception_message"]
+
+
+@pytest.mark.parametrize(
+    "info", [{"workflow": None}, {"workflow": {"id": None}}, {"workflow": []}, {"workflow": {"id": 7}}, {}], ids=str
+)
+def test_whatever_callers_of_the_api_send_as_the_workflow(server, info):
+    graph = learning_graph(steps=2, preview_every=0, seed=92, preview_prompt=str(info))
+    graph = {name: graph[name] for name in ("load", "images", "settings", "train")}
+    data = {"prompt": graph, "client_id": "x", "extra_data": {"extra_pnginfo": info}}
+    number = server.http.post(f"{server.url}/prompt", json=data, timeout=60).json()["prompt_id"]
+    while not (history := server.http.get(f"{server.url}/history/{number}", timeout=60).json()):
+        time.sleep(0.1)
+    assert history[number]["status"]["status_str"] == "success"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "vectors", "told"),
+    [
+        ("a cat", 1, "Previews do not show the word: write {} or 'S*' into the preview prompt."),
+        ("a " + "very " * 70 + "{}", 20, "Previews will not show the word as it is: The prompt"),
+    ],
+)
+def test_a_preview_prompt_that_does_not_show_the_word_is_told_before_training(server, prompt, vectors, told):
+    run = server.run(learning_graph(seed=93, preview_prompt=prompt, vectors=vectors))
+    messages = [event["data"] for event in run.events if event["type"] == "textual_inversion.run"]
+    assert any(told in data["message"] for data in messages if data["state"] == "learning" and data["step"] == 0)
+    assert told in report_of(run)
 
 
 def test_batch_of_images_and_one_caption(server):

@@ -1,10 +1,14 @@
 """The engine on the command line, with a diffusers pipeline: ``python -m textual_inversion --help``."""
 
 import logging
+import signal
 import sys
+from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from types import FrameType
 from typing import Annotated, Literal
 
 import torch
@@ -14,8 +18,9 @@ from tqdm import tqdm
 
 from . import formats, inspection
 from .adapters.diffusers_pipeline import DiffusersModel
+from .adapters.protocol import TrainableModel
 from .config import TrainConfig
-from .dataset import GRID, make_dataset
+from .dataset import GRID, Dataset, make_dataset
 from .devices import fastest_dtype, usable_device
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped, UserError
@@ -24,13 +29,13 @@ from .initializer import with_initializer
 from .optimizers import check_settings
 from .pictures import load_folder, to_pillow
 from .prompts import check_trigger, place_trigger
-from .report import learned_embedding, report
-from .training import earliest_end, train
+from .report import learned_embedding, more_steps, report
+from .training import Step, check_prompts, earliest_end, train
 from .vocabulary import initial_embedding
 
 app = tyro.extras.SubcommandApp()
 TriggerOption = Annotated[str, tyro.conf.arg(aliases=("--word",))]
-INTERRUPTED = 130  # exit code of programs that Ctrl-C ends
+INTERRUPTED = 128 + signal.SIGINT  # exit code of programs that Ctrl-C ends
 
 
 @dataclass(frozen=True)
@@ -76,44 +81,122 @@ def train_command(
     """Train an embedding on a folder of pictures.
 
     Captions are read from NAME.txt beside NAME.png. Training ends by itself when there is nothing more to learn.
-    Ctrl-C stops and keeps the best vectors so far.
+    Ctrl-C stops after the step that runs and keeps the best vectors so far.
 
     Example: python -m textual_inversion train --model sd15/ --images cat/ --token "<my-cat>" --init cat
 
     Args:
         images: Folder of 3 to 5 pictures.
-        output: The file to write; the format decides its suffix. Default: the trigger word.
-            An existing file is never overwritten: the next one is called NAME-2.
+        output: The file to write, or a folder that is there; the format decides the suffix. Default: the trigger
+            word. An existing file is never overwritten: the next one is called NAME-2.
         format: The tool that will read the file. comfyui also works for A1111, Forge, kohya and InvokeAI.
     """
     check_trigger(settings.trigger)
     check_settings(settings)
-    folder, name = (output.parent, output.stem) if output else (Path(), settings.trigger)
-    target = formats.free_path(folder, formats.file_name(name), formats.FORMATS[format].suffix)
+    target = _target(output, settings.trigger, format)
     pictures, masks, captions = load_folder(images, 0)
     model = pipeline.load(settings.gradient_checkpointing)
     dataset = make_dataset(model.encode_images, pictures, masks, captions, settings)
     with model.training() as trainable:
-        config = with_initializer(trainable, dataset, settings)
+        start = initial_embedding(trainable.vocabularies(), settings.trigger, settings.initializer, settings.vectors)
+        check_prompts(trainable, start, dataset, settings)
+        _check_writable(start, target, format)
+        config = _with_initializer(trainable, dataset, settings)
         start = initial_embedding(trainable.vocabularies(), config.trigger, config.initializer, config.vectors)
-        steps = train(trainable, start.trainable(), dataset, config)
-        step = next(steps)
-        ended = ""
-        with tqdm(total=config.steps, unit="step", desc=config.trigger) as bar:
-            try:
-                for step in steps:
-                    bar.total = max(step.number, earliest_end(step.progress, config))
-                    bar.update()
-                    bar.set_postfix_str(f"fixed loss {step.best_loss:.4f} at step {step.best_step}")
-            except TrainingStopped as error:
-                ended = str(error)
-            except KeyboardInterrupt:
-                ended = f"Interrupted at step {step.number}."
-        for path in formats.write(learned_embedding(step, config, pipeline.model.name), target, format):
+        with StopSignals() as stop:
+            step, ended = _follow(train(trainable, start.trainable(), dataset, config), config, stop)
+        for path in _keep(learned_embedding(step, config, pipeline.model.name), target, format):
             print(path)
         _say(report(trainable, dataset, config, start, step, repr(config.initializer), ended))
-    if ended.startswith("Interrupted"):
-        sys.exit(INTERRUPTED)
+    if stop.code:
+        sys.exit(stop.code)
+
+
+def _target(output: Path | None, trigger: str, format: FormatName) -> Path:
+    """The file to write, which is not there yet."""
+    if output is None or output.is_dir():
+        folder, name = output or Path(), trigger
+    else:
+        folder, name = output.parent, output.stem
+    return formats.free_path(folder, formats.file_name(name), formats.FORMATS[format].suffix)
+
+
+def _check_writable(start: Embedding, target: Path, format: FormatName) -> None:
+    """Writes the initial vectors beside ``target`` and removes them: a format or a folder that fails does so now."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent) as folder:
+            formats.write(start, Path(folder) / target.name, format)
+    except OSError as error:
+        raise UserError(f"{target.parent} cannot be written to ({error.strerror}): choose another --output.") from error
+
+
+def _keep(embedding: Embedding, target: Path, format: FormatName) -> list[Path]:
+    """Writes the result to ``target``, or where that fails now to the next folder that takes it."""
+    folders = [target.parent, Path(), Path(gettempdir())]
+    for folder in folders:
+        try:
+            return formats.write(embedding, formats.free_path(folder, target.stem, target.suffix), format)
+        except OSError as error:
+            _say(f"{folder.resolve()} cannot be written to ({error.strerror}).")
+            if folder is folders[-1]:
+                raise
+    raise AssertionError("the last folder returns or raises")
+
+
+def _with_initializer(model: TrainableModel, dataset: Dataset, settings: TrainConfig) -> TrainConfig:
+    if settings.initializer:
+        return settings
+    with tqdm(desc="looking for a word to start from") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return with_initializer(model, dataset, settings, show)
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM end training after the step that runs; the same once more ends the program."""
+
+    def __init__(self) -> None:
+        self.code = 0
+        """Exit code of a program that the signal ends; 0 while none came."""
+
+    def __enter__(self) -> "StopSignals":
+        # One that is ignored, as Ctrl-C is in the background of a shell script, stays so.
+        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._stop) for number in heard}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.code = 128 + number
+        _say("Ending after this step.")
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _follow(steps: Generator[Step, bool | None], config: TrainConfig, stop: StopSignals) -> tuple[Step, str]:
+    """The last good step, and what ended training where somebody or an error did."""
+    step = next(steps)
+    try:
+        with tqdm(total=config.steps, unit="step", desc=config.trigger) as bar:
+            for step in steps:
+                bar.total = max(step.number, earliest_end(step.progress, config))
+                bar.update()
+                bar.set_postfix_str(f"fixed loss {step.best_loss:.4f} at step {step.best_step}")
+                if stop.code:
+                    step = steps.send(True)
+                    return step, f"Interrupted at step {step.number}. {more_steps(step.progress)}"
+    except TrainingStopped as error:
+        return step, str(error)
+    except KeyboardInterrupt:  # the second one
+        return step, f"Interrupted in step {step.number + 1}."
+    return step, ""
 
 
 @app.command

@@ -15,6 +15,7 @@ from .prompts import caption_prompt, template_prompts
 
 SMALLEST_SIDE = 8
 FIXED_DRAWS = 16  # rows of a block of fixed batches
+MOST_NAMED = 5  # pictures or masks in a message
 GRID = 8  # pixels per latent of every Stable Diffusion autoencoder
 
 
@@ -22,7 +23,7 @@ def check_pictures(images: Sequence[Tensor], masks: Sequence[Tensor], captions: 
     """Raises UserError for anything that cannot be trained on.
 
     ``images`` (1, H, W, 3 or 4) in 0..1, ``masks`` (1, H, W) in 0..1 or none at all, ``captions``
-    one for each picture, one for all, or none.
+    one text for each picture, one for all, or none.
     """
     if not images:
         raise UserError("There are no pictures: connect at least one to 'images'.")
@@ -40,13 +41,31 @@ def check_pictures(images: Sequence[Tensor], masks: Sequence[Tensor], captions: 
     if masks and len(masks) != len(images):
         raise UserError(f"There are {len(masks)} masks for {len(images)} pictures: connect one for each, or none.")
     for number, mask in enumerate(masks, 1):
-        if not torch.isfinite(mask).all() or mask.max() <= 0:
-            raise UserError(f"Mask {number} is empty: it must be white where the picture is to be learned.")
+        if not torch.isfinite(mask).all():
+            raise UserError(f"Mask {number} contains NaN or infinite values: check the node that made it.")
+    if empty := [number for number, mask in enumerate(masks, 1) if mask.numel() == 0 or mask.max() <= 0]:
+        raise UserError(
+            f"Nothing is white in {numbered('mask', empty)}, so nothing would be learned there: invert masks that come "
+            "from Load Image (Invert Mask), paint white what is to be learned, or connect no masks."
+        )
+    for number, caption in enumerate(captions, 1):
+        if not isinstance(caption, str):
+            raise UserError(f"Caption {number} is {caption!r:.40}, which is no text: connect texts to 'captions'.")
     if len(captions) not in (0, 1, len(images)):
         raise UserError(
             f"There are {len(captions)} captions for {len(images)} pictures: connect one for each, one for all, "
             "or none."
         )
+
+
+def numbered(what: str, numbers: Sequence[int]) -> str:
+    """``mask 2``, ``masks 1 and 3``, ``masks 1, 2, 3, 4, 5 and 7 more``."""
+    if len(numbers) == 1:
+        return f"{what} {numbers[0]}"
+    first, rest = numbers[:-1], str(numbers[-1])
+    if len(numbers) > MOST_NAMED:
+        first, rest = numbers[:MOST_NAMED], f"{len(numbers) - MOST_NAMED} more"
+    return f"{what}s {', '.join(map(str, first))} and {rest}"
 
 
 def resize(image: Tensor, size: int, square: bool = False) -> Tensor:
@@ -85,6 +104,7 @@ class Dataset:
     masks: list[Tensor]  # one channel of a latent each, in 0..1, or empty
     prompts: list[tuple[str, ...]]  # the prompts of item i, with the trigger word in place
     image_triggers: list[str]  # trigger of the per-image token in the prompts of item i, or empty
+    captions: int = 0  # items whose prompt is a caption
 
     def indices_by_shape(self) -> list[list[int]]:
         """Items grouped by latent shape, in order of first appearance."""
@@ -126,7 +146,7 @@ def make_dataset(
     """Checks and resizes the pictures and encodes each one once.
 
     ``encode_images`` maps a list of (1, H, W, 3) to a list of latents (C, h, w).
-    Raises UserError as ``check_pictures`` and ``template_prompts`` do.
+    Raises UserError as ``check_pictures`` and ``template_prompts`` do, and for latents that are not numbers.
     """
     check_pictures(images, masks, captions)
     templates = template_prompts(config.kind, config.template, config.trigger)
@@ -143,11 +163,21 @@ def make_dataset(
     pixels = [resize(image[..., :3], config.size) for image in images]
     latents = encode_images(pixels)
     mirrored = encode_images([image.flip(2) for image in pixels]) if config.flip_probability else []
+    _check_latents(latents)
+    _check_latents(mirrored)
     latent_masks = [
         _latent_mask(mask, image, latent, config.size, number)
         for number, (mask, image, latent) in enumerate(zip(masks, images, latents, strict=False), 1)
     ]
-    return Dataset(latents, mirrored, latent_masks, prompts, image_triggers)
+    return Dataset(latents, mirrored, latent_masks, prompts, image_triggers, sum(map(bool, map(str.strip, captions))))
+
+
+def _check_latents(latents: Sequence[Tensor]) -> None:
+    if broken := [number for number, latent in enumerate(latents, 1) if not torch.isfinite(latent).all()]:
+        raise UserError(
+            f"The VAE makes NaN of {numbered('picture', broken)}, since its numbers overflow: use a VAE that works in "
+            "fp16, or run it in fp32 (ComfyUI: start with --fp32-vae)."
+        )
 
 
 def _latent_mask(mask: Tensor, image: Tensor, latent: Tensor, size: int, number: int) -> Tensor:
@@ -174,22 +204,31 @@ def training_batches(dataset: Dataset, config: TrainConfig, generator: torch.Gen
 def fixed_batches(dataset: Dataset, config: TrainConfig, draws_per_picture: int = 0, block: int = 0) -> list[Batch]:
     """The same noise, noise levels and prompts on every call, for measurements that can be compared.
 
-    Noise levels are spread evenly over the schedule, so that a few draws say as much as many random
-    ones. 0 draws: about 16 in all, and of many pictures only every second, third ..., to stay cheap.
+    Noise levels are spread evenly over the schedule, whatever the shapes, so that a few draws say as much as many
+    random ones. 0 draws: about 16 in all, and of many pictures only every second, third ..., to stay cheap.
     Another ``block`` has other noise, and of many pictures others.
     """
     generator = torch.Generator().manual_seed(block)
     pictures = len(dataset.latents)
     every = 1 if draws_per_picture else math.ceil(pictures / FIXED_DRAWS)
     draws = draws_per_picture or max(1, FIXED_DRAWS // pictures)
+    # By shape, so that every shape has its share of what is left.
+    by_shape = [index for group in dataset.indices_by_shape() for index in group]
+    indices = [index for index in by_shape[block % every :: every] for _ in range(draws)]
+    quantiles = (torch.randperm(len(indices), generator=generator) + 0.5) / len(indices)
     batches = []
-    for group in dataset.indices_by_shape():
-        indices = [index for index in group[block % every :: every] or group[:1] for _ in range(draws)]
-        quantiles = (torch.randperm(len(indices), generator=generator) + 0.5) / len(indices)
-        for start in range(0, len(indices), config.batch_size):
-            rows = slice(start, start + config.batch_size)
-            batches.append(_draw(dataset, indices[rows], quantiles[rows], config, generator))
+    for start, end in _stretches([dataset.latents[index].shape for index in indices], config.batch_size):
+        batches.append(_draw(dataset, indices[start:end], quantiles[start:end], config, generator))
     return batches
+
+
+def _stretches(shapes: Sequence[torch.Size], longest: int) -> Iterator[tuple[int, int]]:
+    """Where batches begin and end: each of one shape and at most ``longest``."""
+    start = 0
+    for end in range(1, len(shapes) + 1):
+        if end == len(shapes) or end - start == longest or shapes[end] != shapes[start]:
+            yield start, end
+            start = end
 
 
 def _shuffled(items: list[int], generator: torch.Generator) -> Iterator[int]:

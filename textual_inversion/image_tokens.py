@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .embedding import Embedding
-from .prompts import SLOT
+from .prompts import MARK, SLOT
 from .vocabulary import Vocabulary
 
 IMAGE_SLOT = "{image}"
@@ -86,7 +86,7 @@ def uses_image_tokens(config: TrainConfig, caption: str) -> bool:
 
 def image_trigger(index: int) -> str:
     """What stands for the tokens of picture ``index`` in its prompts."""
-    return f"ti-image-{index}"
+    return f"{MARK}image-{index}{MARK}"
 
 
 def image_prompts(kind: str, trigger: str, image: str) -> tuple[str, ...]:

@@ -45,6 +45,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 # What is put in front of a caption that does not contain the trigger word.
 CAPTION_PREFIXES = {"object": "a photo of {}, ", "face": "a photo of {}, ", "style": "in the style of {}, "}
 
+# Begins and ends the names that stand for vectors inside the pack. Nobody types it: it is of Unicode's private use,
+# which is no printable character and so in no trigger word.
+MARK = "\ue0f1"
+_MARKED = re.compile(f"{MARK}.*?{MARK}")
+
 _FORBIDDEN = re.compile(r"[\s/\\.:,;()\[\]{}|\"']")
 RESERVED_NAMES = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)")  # of Windows' devices
 _LONGEST = 64
@@ -77,7 +82,8 @@ def trigger_pattern(trigger: str) -> re.Pattern[str]:
     ``cat`` is found in ``a cat, (Cat:1.2) cat's`` but not in ``category``, ``cat-like`` or
     ``embedding:cat``.
     """
-    return re.compile(rf"(?<!\w)(?<!\w-)(?<!embedding:){re.escape(trigger)}(?!\w)(?!-\w)", re.IGNORECASE)
+    word = re.escape(trigger)
+    return re.compile(rf"(?<![\w{MARK}])(?<!\w-)(?<!embedding:){word}(?![\w{MARK}])(?!-\w)", re.IGNORECASE)
 
 
 def templates_for(kind: str, template: str) -> tuple[str, ...]:
@@ -106,7 +112,7 @@ def template_prompts(kind: str, template: str, trigger: str) -> tuple[str, ...]:
 
 def caption_prompt(caption: str, trigger: str, kind: str) -> str:
     """A caption as a prompt. Where it has neither ``{}`` nor the trigger word, that is put in front."""
-    prompt = place_trigger(caption.strip(), trigger)
+    prompt = place_trigger(caption.strip().replace(MARK, ""), trigger)
     if trigger_pattern(trigger).search(prompt):
         return prompt
     return place_trigger(CAPTION_PREFIXES.get(kind, "{}, "), trigger) + prompt
@@ -121,5 +127,6 @@ def check_whole(counts: Iterable[int], vectors: int, prompt: str) -> None:
     counts = list(counts)
     if not any(counts) or any(count % vectors for count in counts):
         raise UserError(
-            f"The prompt {prompt!r} has no room for {vectors} vectors: use fewer vectors or a shorter prompt."
+            f"The prompt {_MARKED.sub('...', prompt)!r} has no room for {vectors} vectors: use fewer vectors or a "
+            "shorter prompt."
         )

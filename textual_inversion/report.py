@@ -1,7 +1,7 @@
 """What was learned: a few lines of text for people, and the embedding with its metadata."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,9 @@ from .training import Step, finished, still_improving
 
 # Prompts that training does not use, to see what the embedding does to the words beside it.
 UNSEEN = ("{} on the beach", "{} in the snow at night", "a red {} wearing a hat", "a drawing of {} and a dog")
+GOOD = 0.9  # of the outputs for those prompts stay as they are with the initializer
 LENGTH_WARNING = 3.0  # times the length of a word's vector: longer vectors drown other words
+VERY_SMALL, VERY_LARGE = 0.1, 2.5  # times the usual learning rate: it decides what comes out
 
 
 def learned_embedding(step: Step, config: TrainConfig, base_model: str) -> Embedding:
@@ -46,56 +48,112 @@ def report(
 ) -> str:
     """Text for people about ``last.best``, trained from ``start``.
 
-    ``origin`` is what people call ``start``; ``ended`` says why training ended before its last step,
-    where the caller knows.
+    ``origin`` is what people call ``start``; ``ended`` says what ended training, where the caller knows.
     """
     learned, progress = last.best, last.progress
-    pictures = config.batch_size * config.accumulation
+    steps = f"{last.number} steps of {config.batch_size * config.accumulation} pictures"
+    unaffected = 1 - drift(model, start, learned)
     lines = [
-        f"{config.trigger}: {learned.describe()}, learned from {len(dataset.latents)} pictures, "
-        f"initialized from {origin}.",
-        f"{last.number} steps of {pictures} pictures. {ended or why_it_ended(progress, config)}",
+        f"{config.trigger}: {learned.describe()}, learned from {pictures_used(dataset)}, initialized from {origin}.",
+        f"{steps}. {ended or how_it_ended(progress, config)}",
         what_was_learned(progress, origin),
-        f"Gradients at the start: {in_words(progress.agreement)} (agreement of two batches {progress.agreement:.2f}).",
-        f"Similarity of unseen prompts to those with {origin}: {1 - drift(model, start, learned):.0%}.",
+        f"Good for prompts: {unaffected:.0%} unaffected by the word ({GOOD:.0%} and more is good).",
+        f"The pictures agree on what to learn: {in_words(progress.agreement)} ({progress.agreement:.2f}).",
     ]
+    if rate := unusual_rate(config):
+        lines.append(rate)
     if progress.skipped:
         lines.append(
             f"Skipped {progress.skipped} steps: their numbers overflowed in the model's precision. "
             "A bf16 or fp32 model has no such limit."
         )
-    for key, vocabulary in model.vocabularies().items():
-        vectors = learned.vectors[key]
-        if last.best_step and torch.equal(vectors, start.vectors[key]):
-            lines.append(f"{key} has no influence on this model's pictures: its vectors are still those of {origin}.")
-            continue
-        usual = vocabulary.word_length()
-        length = vectors.norm(dim=1).mean().item()
-        (nearest,) = vocabulary.nearest(vectors.mean(0, keepdim=True), 5)
-        near = ", ".join(f"{word} {cosine:.2f}" for word, cosine in nearest)
-        lines.append(f"{key}: vector length {length:.2f}, words usually have {usual:.2f}; nearest words: {near}.")
-        if length > LENGTH_WARNING * usual and not OPTIMIZERS[config.optimizer].keeps_length:
-            lines.append("Vectors this long drown the other words of a prompt: use optimizer sphere.")
+    lines += [line for key in learned.vectors if (line := about_vectors(key, model, config, start, last, origin))]
+    if advice := what_to_try(progress, config, unaffected):
+        lines.append(f"Try next: {advice}")
     return "\n".join(lines)
 
 
-def why_it_ended(progress: Progress, config: TrainConfig) -> str:
+def pictures_used(dataset: Dataset) -> str:
+    """How many pictures there are, and what belongs to them: ``5 pictures (3 with captions, all with masks)``."""
+    pictures = len(dataset.latents)
+    shares = {"captions": dataset.captions, "masks": len(dataset.masks)}
+    found = [
+        f"{'all' if count == pictures else count or 'none'} with {what}"
+        for what, count in shares.items()
+        if count or what == "captions"
+    ]
+    return f"{pictures} picture{'s' if pictures > 1 else ''} ({', '.join(found)})"
+
+
+def how_it_ended(progress: Progress, config: TrainConfig) -> str:
+    """What ended a run that nobody stopped, and whether more steps would help."""
     if finished(progress, config):
-        return "Ended: no measurable progress."
+        return "Ended by itself: the last steps brought nothing measurable, and more would hardly help."
     if still_improving(progress, config):
         return "Ended at the upper bound, still improving: raise steps and run again to go on."
-    return "Ended at the upper bound."
+    return f"Ended at the upper bound. {more_steps(progress)}"
+
+
+def more_steps(progress: Progress) -> str:
+    """Whether more steps would have helped a run that ended here."""
+    if progress.released is None:
+        return "The word had not begun to learn: more steps would help."
+    if progress.flat == 0:
+        return "It was still improving: more steps would help."
+    return "The last steps brought nothing measurable: more would hardly help."
 
 
 def what_was_learned(progress: Progress, origin: str) -> str:
     """How much better the pictures are explained by the embedding than by the initializer, or that it is not known."""
     gain, loss = progress.gain, progress.best_evaluation.loss
     share, error = (value / (loss + gain.mean) for value in (gain.mean, CERTAIN * gain.error))
-    beside = f"Loss on fixed noise: {loss + gain.mean:.4f} with {origin}, {loss:.4f} with the vectors of step "
-    beside += f"{progress.best_step}, which were kept: {share:.1%} (± {error:.1%}) lower."
+    numbers = f"loss on fixed noise {loss + gain.mean:.4f} and {loss:.4f}"
     if gain.certain:
-        return beside
-    return f"Nothing was measurably learned. {beside} That may be chance."
+        return (
+            f"Learned: explains the pictures {share:.1%} (± {error:.1%}) better than {origin} ({numbers}). "
+            f"Kept: step {progress.best_step}."
+        )
+    return (
+        f"Nothing was measurably learned: the word explains the pictures no better than {origin} does, beyond chance "
+        f"({share:.1%} ± {error:.1%}; {numbers}). Kept: step {progress.best_step}."
+    )
+
+
+def unusual_rate(config: TrainConfig) -> str:
+    """The learning rate's part in the result, where somebody has chosen one far from the optimizer's own."""
+    usual, chosen = learning_rate(replace(config, learning_rate=0.0)), learning_rate(config)
+    if chosen <= VERY_SMALL * usual:
+        return f"The learning rate {chosen:g} is very small (usual: {usual:g}): little can be learned in few steps."
+    if chosen >= VERY_LARGE * usual:
+        return f"The learning rate {chosen:g} is very large (usual: {usual:g}): pictures may turn to noise."
+    return ""
+
+
+def about_vectors(
+    key: str, model: TrainableModel, config: TrainConfig, start: Embedding, last: Step, origin: str
+) -> str:
+    """The words nearest to the vectors of text encoder ``key``, and whether they drown others or have no influence."""
+    vectors, vocabulary = last.best.vectors[key], model.vocabularies()[key]
+    began = last.progress.released
+    if began is not None and last.best_step > began and torch.equal(vectors, start.vectors[key]):
+        return f"{key} has no influence on this model's pictures: its vectors are still those of {origin}."
+    (nearest,) = vocabulary.nearest(vectors.mean(0, keepdim=True), 5)
+    text = f"Nearest words of {key}: {', '.join(f'{word} {cosine:.2f}' for word, cosine in nearest)}."
+    length, usual = vectors.norm(dim=1).mean().item(), vocabulary.word_length()
+    if length > LENGTH_WARNING * usual and not OPTIMIZERS[config.optimizer].keeps_length:
+        text += f" Its vectors are {length / usual:.0f} times as long as a word's and drown others: use sphere."
+    return text
+
+
+def what_to_try(progress: Progress, config: TrainConfig, unaffected: float) -> str:
+    """The one change that is most likely to make the word better; empty where nothing asks for one."""
+    if not progress.gain.certain and config.learning_rate and unusual_rate(config):
+        return "learning_rate 0 (Settings), which chooses the usual one."
+    if not progress.gain.certain:
+        return "captions with {} where the thing is named, another initializer, or pictures that have more in common."
+    if unaffected < GOOD:
+        return "fewer vectors, a higher editability, or captions: the word pushes other words of a prompt aside."
+    return ""
 
 
 @torch.no_grad()

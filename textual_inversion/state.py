@@ -1,10 +1,10 @@
 """Everything that training carries from one step to the next. Saved and loaded, it resumes bit for bit."""
 
 import hashlib
+import io
 import json
 import math
-import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,28 +104,43 @@ class TrainState:
         self.progress = Progress(best=best, evaluations=evaluations, **saved["progress"])
 
     def is_same_model(self, saved: dict[str, Any]) -> bool:
-        """Whether ``saved`` is of this model: on the same pictures and noise it started at the same loss."""
+        """Whether ``saved`` is of this model: the same encoders, and at the start the same loss on fixed noise."""
+        ours = [_shapes(embedding.vectors) for embedding in self.tokens.embeddings]
+        if ours != [_shapes(vectors) for vectors in saved["tokens"]]:
+            return False
         initial_loss = saved["evaluations"][0]["learned"].mean().item()
         return math.isclose(initial_loss, self.progress.initial_loss, rel_tol=1e-3)
+
+
+def _shapes(vectors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in vectors.items()}
+
+
+PARTIAL = ".partial"  # a state that is being written
+# In front of a state: its version, which counts changes of what is in it, and the SHA-256 of the rest.
+HEADER = b"textual inversion state 1\n"
 
 
 def save_state(path: Path, content: dict[str, Any]) -> None:
     """Writes tensors, numbers, texts, lists and dicts; the old file stays whole until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(PARTIAL)
+    data = io.BytesIO()
+    torch.save(content, data)
     try:
-        torch.save(content, partial)
+        partial.write_bytes(HEADER + hashlib.sha256(data.getbuffer()).digest() + data.getbuffer())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)  # of a disk that was full
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """What ``save_state`` wrote; None where it is damaged. Runs no code from the file."""
-    try:
-        return torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+    """What ``save_state`` wrote; None where a single bit of it has changed, or another version wrote it."""
+    data = path.read_bytes()
+    begin = len(HEADER) + hashlib.sha256().digest_size
+    if not data.startswith(HEADER) or hashlib.sha256(data[begin:]).digest() != data[len(HEADER) : begin]:
         return None
+    return torch.load(io.BytesIO(data[begin:]), weights_only=True)
 
 
 RECIPE = 2  # counts changes of training that make an older unfinished run another run
@@ -138,7 +153,7 @@ def saved_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def fingerprint(config: TrainConfig, texts: Iterable[str], tensors: Iterable[Tensor]) -> str:
-    """The same for the same settings, captions, pictures, masks and start, in every process.
+    """The same for the same settings, model's name, captions, pictures, masks and start, in every process.
 
     The number of steps counts only where the learning rate depends on it: otherwise a run that has reached it goes
     on where it is raised.

@@ -101,8 +101,7 @@ def train(
     """
     generator = torch.Generator().manual_seed(config.seed)
     batches = training_batches(dataset, config, generator)
-    image_tokens = new_image_tokens(model.vocabularies(), dataset.image_triggers, embedding, config.per_image_tokens)
-    tokens = TrainedTokens(embedding, image_tokens)
+    tokens = _trained_tokens(model, embedding, dataset, config)
     _check_prompts(model, tokens, dataset)
     optimizer = make_optimizer(tokens, config)
     evaluator = Evaluator(model, tokens, dataset, config)
@@ -275,6 +274,18 @@ def learning_rate_factor(done: int, began: int, agreement: float, config: TrainC
         return warm_up * agreement**AGREEMENT_POWER / math.sqrt(1 + (done - began) / DECAY_STEPS)
     progress = max(0, done - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return warm_up * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def check_prompts(model: TrainableModel, embedding: Embedding, dataset: Dataset, config: TrainConfig) -> None:
+    """Raises UserError for a prompt of the dataset that has no room for the vectors of ``embedding``."""
+    _check_prompts(model, _trained_tokens(model, embedding, dataset, config), dataset)
+
+
+def _trained_tokens(
+    model: TrainableModel, embedding: Embedding, dataset: Dataset, config: TrainConfig
+) -> TrainedTokens:
+    image_tokens = new_image_tokens(model.vocabularies(), dataset.image_triggers, embedding, config.per_image_tokens)
+    return TrainedTokens(embedding, image_tokens)
 
 
 def _check_prompts(model: TrainableModel, tokens: TrainedTokens, dataset: Dataset) -> None:

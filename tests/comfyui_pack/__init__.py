@@ -204,6 +204,38 @@ class FailingVae(io.ComfyNode):
         return io.NodeOutput(vae)
 
 
+class Twice(io.ComfyNode):
+    """A list of the same value twice."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TIT_Twice",
+            inputs=[io.AnyType.Input("value")],
+            outputs=[io.AnyType.Output(is_output_list=True)],
+        )
+
+    @classmethod
+    def execute(cls, value):
+        return io.NodeOutput([value, value])
+
+
+class List(io.ComfyNode):
+    """A list of whatever it is given."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TIT_List",
+            inputs=[io.AnyType.Input("values")],
+            outputs=[io.String.Output(is_output_list=True)],
+        )
+
+    @classmethod
+    def execute(cls, values):
+        return io.NodeOutput(values)
+
+
 class FluxClip(io.ComfyNode):
     """Flux's text encoders, small: ComfyUI's loaders know text encoders by their full width."""
 
@@ -227,7 +259,7 @@ class FluxClip(io.ComfyNode):
 
 class TestNodes(ComfyExtension):
     async def get_node_list(self):
-        return [HashWeights, FailingModel, FailingVae, FluxClip]
+        return [HashWeights, FailingModel, FailingVae, Twice, List, FluxClip]
 
 
 async def comfy_entrypoint():

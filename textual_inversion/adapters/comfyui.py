@@ -4,9 +4,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from uuid import uuid4
 
 import comfy.ldm.modules.attention
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
@@ -25,10 +27,12 @@ from .comfyui_autograd import (
     differentiable_products,
     differentiable_rotations,
     mutable_residuals,
+    ordinary_adapters,
     ordinary_weights,
     training_flag,
 )
 from .comfyui_encoding import encode, moved
+from .comfyui_errors import explained
 from .comfyui_tokens import (
     embedding_keys,
     row_of,
@@ -69,6 +73,25 @@ def _alike(inputs: list[dict[str, Any]]) -> list[list[int]]:
             groups.append(group := [])
         group.append(row)
     return groups
+
+
+# Wrappers around what training does too. The others are around a sampler, a guider or its batches.
+OF_THE_NETWORK = {comfy.patcher_extension.WrappersMP.APPLY_MODEL, comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL}
+
+
+def _without_samplers(options: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Transformer options without the wrappers of nodes that wrap a sampler too, and the names of these nodes.
+
+    Their part around the network is ready only while a sampler runs: EasyCache would keep the last step in memory, or
+    answer from an earlier one.
+    """
+    wrappers: dict[str, dict[str | None, list]] = options["wrappers"]
+    sampling = {key for kind, by_key in wrappers.items() if kind not in OF_THE_NETWORK for key in by_key if key}
+    ours = {
+        kind: {key: added for key, added in by_key.items() if key not in sampling} for kind, by_key in wrappers.items()
+    }
+    left_out = {key for kind in OF_THE_NETWORK for key in wrappers.get(kind, {}) if key in sampling}
+    return {**options, "wrappers": ours}, left_out
 
 
 def _loaded(patcher: ModelPatcher) -> bool:
@@ -117,12 +140,18 @@ class ComfyModel:
 
     def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, gradient_checkpointing: bool = False):
         self.keys = embedding_keys(clip)
+        if clip.patcher.forced_hooks or clip.apply_hooks_to_conds:
+            raise UserError(
+                "This CLIP has hooks (Set CLIP Hooks), which change it in the course of sampling and have no course to "
+                "follow in training: connect the CLIP from before that node, and load LoRAs with Load LoRA."
+            )
         self._patcher, self._clip = _without_dynamic_vram(model, clip)
         self._vae = vae
         self._checkpointable = (self._clip.cond_stage_model, self._patcher.model.diffusion_model)
         self._checkpointed = len(self._checkpointable) if gradient_checkpointing else 0
         self._contexts = ExitStack()
         self._options: dict[str, Any] = {}
+        self._left_out: set[str] = set()
 
     # Loading ------------------------------------------------------------------------------------
 
@@ -150,7 +179,7 @@ class ComfyModel:
             self._load()
             network, encoder = self._patcher.model, self._clip.cond_stage_model
             for module in (network, encoder):
-                for context in (ordinary_weights, differentiable_products, mutable_residuals):
+                for context in (ordinary_weights, ordinary_adapters, differentiable_products, mutable_residuals):
                     stack.enter_context(context(module))
             for module in self._checkpointable[: self._checkpointed]:
                 stack.enter_context(checkpointed_blocks(module))
@@ -161,6 +190,11 @@ class ComfyModel:
             # What other nodes have put around the network, ready as for a sampler.
             self._options = create_model_options_clone(self._patcher.model_options)
             comfy.sampler_helpers.prepare_model_patcher(self._patcher, {}, self._options)
+            options, left_out = _without_samplers(self._options["transformer_options"])
+            self._options["transformer_options"] = {**options, "sample_sigmas": self._schedule()}
+            for name in left_out - self._left_out:
+                logging.info("Textual inversion: %s works in samplers only and is left out of training.", name)
+            self._left_out |= left_out
             comfy.samplers.cast_to_load_options(self._options, self.device, self._patcher.model_dtype())
             if self._options["transformer_options"].keys() & {"patches", "patches_replace"}:
                 # FreeU, for one, changes in place what autograd has saved. This copies it first.
@@ -248,6 +282,7 @@ class ComfyModel:
         channels, dimensions = latent_format.latent_channels, latent_format.latent_dimensions
         latents = []
         for image in images:
+            comfy.model_management.throw_exception_if_processing_interrupted()
             with torch.inference_mode():
                 encoded = self._vae.encode(image)  # (1, C, h, w), of a video model (1, C, 1, h, w)
             if encoded.ndim != dimensions + 2 or encoded.shape[1] != channels:
@@ -266,6 +301,11 @@ class ComfyModel:
     def text_outputs(self, prompts: Sequence[str], *embeddings: Embedding) -> list[Tensor]:
         return [encoded["cross_attn"][0] for encoded in self.encode_prompts(prompts, *embeddings)]
 
+    def _schedule(self) -> Tensor:
+        """All noise levels that training draws from, as of a sampler that visits each: falling, 0 at the end."""
+        sigmas = to_device(self._patcher.model.model_sampling.sigmas, self.device)
+        return torch.cat([sigmas.flip(0), sigmas.new_zeros(1)])
+
     def sample_sigmas(self, quantiles: Tensor) -> Tensor:
         sigmas = self._patcher.model.model_sampling.sigmas
         return to_device(sigmas, self.device)[to_device((quantiles * len(sigmas)).long(), self.device)]
@@ -277,6 +317,7 @@ class ComfyModel:
         inputs = [self._inputs(noised[row : row + 1], condition) for row, condition in enumerate(conditioning)]
         denoised: dict[int, Tensor] = {}
         for rows in _alike(inputs):
+            comfy.model_management.throw_exception_if_processing_interrupted()
             # Taken row by row: a list of numbers as an index would be copied to the device.
             x, levels = (torch.cat([tensor[row : row + 1] for row in rows]) for tensor in (noised, sigmas))
             out = self._apply(x, levels, comfy.samplers.cond_cat([inputs[row] for row in rows]))
@@ -300,12 +341,16 @@ class ComfyModel:
         inputs["transformer_options"] = {
             **self._options["transformer_options"],
             "optimized_attention_override": _differentiable_attention,
+            # Every row has a prompt of its own, as if a sampler had that many positive ones.
             "cond_or_uncond": [0] * len(noised),
+            "uuids": [uuid4() for _ in noised],
             "sigmas": sigmas,
         }
         apply = self._patcher.model.apply_model
         if wrapper := self._options.get("model_function_wrapper"):  # other packs' nodes, as samplers call it
-            return wrapper(apply, {"input": noised, "timestep": sigmas, "c": inputs, "cond_or_uncond": [0]})
+            return wrapper(
+                apply, {"input": noised, "timestep": sigmas, "c": inputs, "cond_or_uncond": [0] * len(noised)}
+            )
         return apply(noised, sigmas, **inputs)
 
     def loss_weights(self, sigmas: Tensor) -> Tensor:
@@ -322,13 +367,10 @@ class ComfyModel:
                 conditioning = self.encode_prompts([prompt], embedding)
                 sigmas = self.sample_sigmas(torch.tensor([0.5]))
                 self.denoise(to_device(latent[None], self.device), sigmas, conditioning)
-        except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
-            if is_out_of_memory(error):
+        except Exception as error:
+            if is_out_of_memory(error) or isinstance(error, UserError):
                 raise
-            raise UserError(
-                "CLIP and MODEL do not belong together: connect both from the same Load Checkpoint, or the "
-                f"text encoder made for this model. ({type(error).__name__}: {error})"
-            ) from error
+            raise explained(error) from error
 
     # Pictures -----------------------------------------------------------------------------------
 

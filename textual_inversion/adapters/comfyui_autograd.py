@@ -13,6 +13,7 @@ import comfy.ops
 import comfy.quant_ops
 import comfy_kitchen.backends.eager.rope
 import torch
+from comfy.weight_adapter.bypass import BypassForwardHook
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
@@ -69,6 +70,34 @@ def _same_memory(tensor: Tensor) -> Tensor:
     # Not through DLPack: it refuses devices that are not the current one, and Macs before late 2025.
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+@contextmanager
+def ordinary_adapters(module: nn.Module) -> Iterator[None]:
+    """The same for LoRAs in bypass mode, which run beside a layer and are none of its weights."""
+    adapters = [hook.adapter for part in module.modules() for hook in _bypasses(vars(part).get("forward"))]
+    before = [getattr(adapter, "weights", None) for adapter in adapters]
+    try:
+        for adapter, weights in zip(adapters, before, strict=True):
+            if isinstance(weights, (tuple, list)):
+                adapter.weights = type(weights)(map(_ordinary_if_tensor, weights))
+        yield
+    finally:
+        for adapter, weights in zip(adapters, before, strict=True):
+            if weights is not None:
+                adapter.weights = weights
+
+
+def _bypasses(forward: Any) -> Iterator[Any]:
+    """ComfyUI's hooks in the place of a layer's ``forward``, the outermost first."""
+    hook = getattr(forward, "__self__", None)
+    while isinstance(hook, BypassForwardHook):
+        yield hook
+        hook = getattr(hook.original_forward, "__self__", None)
+
+
+def _ordinary_if_tensor(value: Any) -> Any:
+    return _ordinary(value) if isinstance(value, Tensor) and not _has_version(value) else value
 
 
 # Quantised layouts whose product knows no backward pass: ComfyUI's kernels take their weights one way round only.

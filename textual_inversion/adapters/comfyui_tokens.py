@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..embedding import ENCODERS, Embedding
 from ..errors import UserError
-from ..prompts import trigger_pattern
+from ..prompts import MARK, trigger_pattern
 from ..vocabulary import Vocabulary
 
 # What a trigger becomes inside ComfyUI's own "embedding:NAME" syntax. No number, or the weight
 # parser would read "(embedding:NAME)" as a weight.
-_NAME = "ti-embedding-{}"
+_NAME = f"{MARK}ti-embedding-{{}}{MARK}"
 _NAMED = re.compile(_NAME.format(r"(\d+)"))
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,10 +12,10 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from ..embedding import Embedding
-from ..prompts import trigger_pattern
+from ..prompts import MARK, trigger_pattern
 
 # What a trigger becomes in the text: one name a vector. Only copies of the tokenizers know them.
-_NAME = "<|ti-vector-{}|>"
+_NAME = f"{MARK}ti-vector-{{}}{MARK}"
 
 
 def spelled(prompt: str, *embeddings: Embedding) -> str:
