@@ -8,8 +8,8 @@ MODEL, SIDE, CFG = "toy.safetensors", 64, 4.0
 EMBEDDINGS = ("demo-heart.safetensors", "demo-star.safetensors")  # files of demo/embeddings
 
 
-def for_demo_model(template: Path, concept: str, **train: Any) -> dict[str, Any]:
-    """The workflow of a template, with the pictures of input/``concept`` and these widgets of Train."""
+def for_demo_model(template: Path, concept: str, prompt: str = "", **train: Any) -> dict[str, Any]:
+    """The workflow of a template, with the pictures of input/``concept``, a prompt and these widgets of Train."""
     workflow = json.loads(template.read_text())
     embeddings = iter(EMBEDDINGS)
     for node in workflow["nodes"]:
@@ -23,6 +23,8 @@ def for_demo_model(template: Path, concept: str, **train: Any) -> dict[str, Any]
                 set_widgets(node, **train)
             case "TI_LoadEmbedding":
                 node["widgets_values"] = [next(embeddings), "none", ""]
+            case "PrimitiveStringMultiline" if prompt:
+                set_widgets(node, value=prompt)
             case "EmptyLatentImage":
                 set_widgets(node, width=SIDE, height=SIDE)
             case "KSampler":

@@ -70,6 +70,7 @@ TEMPLATES = {  # and the concept that each of them learns for its thumbnail
     "Prompts with and without": "",
     "Inspect and blend": "",
 }
+PROMPTS = {"lagoon": "a picture of a red star with blue dots in the style of S*"}  # the demo model knows no cat
 SIDE, GAP = 600, 12
 
 
@@ -80,16 +81,19 @@ def thumbnails() -> None:
         shutil.copytree(ROOT / "demo/embeddings", server.base / "models/embeddings", dirs_exist_ok=True)
         for name, concept in TEMPLATES.items():
             template = ROOT / f"example_workflows/{name}.json"
-            pictures = []
+            pictures: list[Image.Image] = []
             if concept:
                 shutil.copytree(concepts / concept / "train", server.base / "input" / concept, dirs_exist_ok=True)
-                pictures = [Image.open(path) for path in sorted((concepts / concept / "train").glob("*.png"))]
-            workflow = for_demo_model(template, concept)
+                pictures = [
+                    Image.open(path).convert("RGB") for path in sorted((concepts / concept / "train").glob("*.png"))
+                ]
+            workflow = for_demo_model(template, concept, PROMPTS.get(concept, ""))
             path = server.base / "workflow.json"
             path.write_text(json.dumps(workflow))
             outputs = server.run_workflow(path)["data"]["outputs_by_node"]
             saved = [str(node["id"]) for node in workflow["nodes"] if node["type"] == "SaveImage"]
-            drawn = [Image.open(io.BytesIO(server.http.get(outputs[node][0], timeout=60).content)) for node in saved]
+            files = [server.http.get(outputs[node][0], timeout=60).content for node in saved]
+            drawn = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
             in_rows([pictures, drawn[::-1]] if pictures else [[picture] for picture in drawn]).save(
                 template.with_suffix(".jpg"), quality=85
             )
@@ -103,7 +107,7 @@ def in_rows(rows: list[list[Image.Image]]) -> Image.Image:
     y = (SIDE - sum(heights) - GAP * (len(rows) - 1)) // 2
     for row, side, height in zip(rows, sides, heights, strict=True):
         for column, picture in enumerate(row):
-            smooth = picture.convert("RGB").resize((side, height), Image.Resampling.LANCZOS)
+            smooth = picture.resize((side, height), Image.Resampling.LANCZOS)
             page.paste(smooth, (GAP + column * (side + GAP), y))
         y += height + GAP
     return page

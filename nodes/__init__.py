@@ -6,7 +6,7 @@ from urllib.parse import quote
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from nodes import EXTENSION_WEB_DIRS  # ComfyUI's module
+from nodes import EXTENSION_WEB_DIRS  # pyright: ignore  ComfyUI's module of this name
 
 from .apply_embedding import ApplyEmbedding
 from .blend_embeddings import BlendEmbeddings
@@ -29,7 +29,7 @@ def serve_web_files(folder: str) -> None:
     panel and no picture list, without a word.
     """
     if quote(folder) != folder:
-        EXTENSION_WEB_DIRS[WEB_NAME] = EXTENSION_WEB_DIRS.pop(folder)
+        EXTENSION_WEB_DIRS[WEB_NAME] = EXTENSION_WEB_DIRS.pop(folder)  # pyright: ignore
 
 
 class TextualInversionExtension(ComfyExtension):

@@ -1,5 +1,6 @@
 """Sends the progress of a run to the panel of its Train node, and receives the clicks on the panel's buttons."""
 
+import asyncio
 import math
 import threading
 import time
@@ -13,11 +14,14 @@ from aiohttp import web
 from comfy.model_management import InterruptProcessingException
 from server import PromptServer
 
+from ..textual_inversion import Embedding, formats
+from .files import embeddings_folder
+
 EVENT = "textual_inversion.run"
 SECONDS_BETWEEN_EVENTS = 0.25
 POINTS = 400  # most points of a curve that is sent to the browser
 
-State = Literal["encoding", "searching", "learning", "finishing", "done", "cancelled", "failed"]
+State = Literal["encoding", "searching", "learning", "drawing", "finishing", "done", "cancelled", "failed"]
 Curve = list[tuple[int, float]]
 
 
@@ -55,6 +59,8 @@ class LiveRun:
     def __init__(self, workflow: str, node: str) -> None:
         self.record = Record(workflow, node, uuid.uuid4().hex)
         self.stop, self.preview = threading.Event(), threading.Event()
+        self.pictured: dict[int, Embedding] = {}  # what the preview of each step shows
+        self.chosen: int | None = None  # the step whose preview somebody wants to keep
         self._told = -math.inf
         RUNS[workflow, node] = self
         self.tell("encoding")
@@ -92,6 +98,19 @@ def thinned(losses: Sequence[float]) -> Curve:
     return [(first, fmean(losses[first : first + size])) for first in range(0, len(losses), size)]
 
 
+def keep(run: LiveRun, step: int) -> str:
+    """Makes what the preview of ``step`` shows the result of a run; of one that has ended, saves it and returns how
+    prompts name it."""
+    if not run.ended:
+        run.chosen = step
+        run.stop.set()
+        return ""
+    embedding = run.pictured[step]
+    path = formats.free_path(embeddings_folder(), f"{formats.file_name(embedding.trigger)}-step-{step}")
+    formats.write(embedding, path)
+    return f"embedding:{path.stem}"
+
+
 def add_run_routes() -> None:
     """Adds the routes of the panel to ComfyUI's server."""
     routes = PromptServer.instance.routes
@@ -102,9 +121,21 @@ def add_run_routes() -> None:
 
     @routes.post("/textual_inversion/runs/{run}/{action:stop|preview}")
     async def act(request: web.Request) -> web.Response:
-        wanted, action = request.match_info["run"], request.match_info["action"]
-        for run in list(RUNS.values()):
-            if run.record.run == wanted and not run.ended:
-                (run.stop if action == "stop" else run.preview).set()
-                return web.json_response({})
-        return web.json_response({"error": "This run has ended."}, status=404)
+        run, action = _run(request), request.match_info["action"]
+        if run is None or run.ended or run.record.state == "finishing":
+            return web.json_response({"error": "This run has ended."}, status=404)
+        (run.stop if action == "stop" else run.preview).set()
+        return web.json_response({})
+
+    @routes.post(r"/textual_inversion/runs/{run}/keep/{step:\d{1,9}}")
+    async def keep_picture(request: web.Request) -> web.Response:
+        run, step = _run(request), int(request.match_info["step"])
+        if run is None or step not in run.pictured or run.record.state == "finishing":
+            return web.json_response({"error": "The embedding of this picture is gone."}, status=404)
+        return web.json_response({"saved": await asyncio.to_thread(keep, run, step)})
+
+
+def _run(request: web.Request) -> LiveRun | None:
+    """The run that a request names."""
+    wanted = request.match_info["run"]
+    return next((run for run in list(RUNS.values()) if run.record.run == wanted), None)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
+import comfy.samplers
 from comfy_api.latest import io
 
 from ..textual_inversion.config import PreviewConfig, TrainConfig, field_help, saved_names
@@ -17,6 +18,10 @@ LossMapSocket = io.Custom("LOSS_MAP")  # core's Plot Loss Graph takes it
 
 _FIELDS = {item.name: item for config in (TrainConfig, PreviewConfig) for item in dataclasses.fields(config)}
 _HELP = field_help(TrainConfig) | field_help(PreviewConfig)
+_COMFYUIS_CHOICES = {
+    "preview_sampler": comfy.samplers.KSampler.SAMPLERS,
+    "preview_scheduler": comfy.samplers.KSampler.SCHEDULERS,
+}
 _SAVED_NAMES = saved_names(TrainConfig) | saved_names(PreviewConfig)
 
 MAIN_FIELDS = (
@@ -49,7 +54,7 @@ def widget(name: str) -> io.Input:
         common["advanced"] = True
     if input_id != name:
         common["display_name"] = name
-    if choices := get_args(item.type):
+    if choices := _COMFYUIS_CHOICES.get(name) or get_args(item.type):
         return io.Combo.Input(input_id, options=list(choices), **common)
     if item.type is bool:
         return io.Boolean.Input(input_id, **common)

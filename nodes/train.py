@@ -18,7 +18,6 @@ from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, Sett
 from .state_file import StateFile
 from .training_run import Request, run_training
 
-
 LIST_AS_TEXT = re.compile(r"\[\s*(['\"].*['\"]|[\d., ]*|None.*)\s*\]", re.DOTALL)
 
 
@@ -103,7 +102,8 @@ class Train(io.ComfyNode):
         state_file = StateFile.of(workflow, node, fingerprint(config, [base, *captions], inputs))
         # ComfyUI's inference tensors cannot be trained on.
         with LiveRun(workflow, node) as live, torch.inference_mode(False):
-            comfy_model = ComfyModel(model[0], clip[0], vae[0], config.gradient_checkpointing)
+            sampling = preview.preview_sampler, preview.preview_scheduler
+            comfy_model = ComfyModel(model[0], clip[0], vae[0], config.gradient_checkpointing, *sampling)
             dataset = make_dataset(comfy_model.encode_images, pictures, masks, captions, config)
             request = Request(config, preview, continued, base)
             result = run_training(comfy_model, dataset, request, live, state_file)

@@ -30,8 +30,8 @@ from ..textual_inversion.dataset import Dataset
 from ..textual_inversion.devices import is_out_of_memory
 from ..textual_inversion.initializer import with_initializer
 from ..textual_inversion.prompts import place_trigger, trigger_pattern
-from ..textual_inversion.report import how_it_ended, learned_embedding, more_steps, report
-from ..textual_inversion.training import check_prompts, earliest_end, finished, still_improving
+from ..textual_inversion.report import described, how_it_ended, learned_embedding, more_steps, report
+from ..textual_inversion.training import Choice, check_prompts, earliest_end, finished, still_improving
 from .files import embeddings_folder, output_folder, temporary_folder
 from .live import LiveRun, thinned
 from .state_file import StateFile
@@ -186,7 +186,7 @@ class TrainingRun:
     preview_failed: bool = False
 
     def follow(
-        self, first: Step, steps: Generator[Step, bool | None], saved: dict[str, Any] | None
+        self, first: Step, steps: Generator[Step, bool | Choice | None], saved: dict[str, Any] | None
     ) -> tuple[Step, str]:
         """The last good step, and the reason why training stopped before the loop ended, or an empty string."""
         progress = comfy.utils.ProgressBar(self.config.steps)
@@ -199,9 +199,7 @@ class TrainingRun:
                     self.record(last, time.perf_counter() - began)
                 self.show(last, progress)  # raises ComfyUI's interrupt
                 if last.number and self.live.stop.is_set():  # one loss alone is no curve for Plot Loss Graph
-                    last = steps.send(True)
-                    self.note_fixed_loss(last)
-                    return last, f"Stopped by hand. {more_steps(last.progress)}"
+                    return self.stopped(steps)
                 began = time.perf_counter()
             return last, ""
         except TrainingStopped as error:
@@ -211,6 +209,16 @@ class TrainingRun:
         except BaseException:  # ComfyUI's interrupt is not an Exception
             self.rescue(last)
             raise
+
+    def stopped(self, steps: Generator[Step, bool | Choice | None]) -> tuple[Step, str]:
+        """The last step, and why it is: ended by hand, perhaps with the vectors of a preview picture."""
+        if self.live.chosen is not None:
+            last = steps.send(Choice(self.live.chosen, self.live.pictured[self.live.chosen]))
+            self.live.tell("learning", best=last.best_step)
+            return last, f"Stopped by hand to keep what the preview of step {last.best_step} shows."
+        last = steps.send(True)
+        self.note_fixed_loss(last)
+        return last, f"Stopped by hand. {more_steps(last.progress)}"
 
     def begin(self, first: Step, saved: dict[str, Any] | None) -> None:
         """Takes over the curves of a saved run, and tells where training starts."""
@@ -230,14 +238,16 @@ class TrainingRun:
 
     def check_preview(self, start: Embedding) -> None:
         """Says now what would be wrong with every preview."""
-        prompt = place_trigger(self.request.preview.preview_prompt, self.config.trigger)
-        if not trigger_pattern(self.config.trigger).search(prompt):
+        preview, trigger = self.request.preview, self.config.trigger
+        prompts = [place_trigger(text, trigger) for text in (*preview.prompts, preview.preview_negative)]
+        prompts = [text for text in prompts if trigger_pattern(trigger).search(text)]
+        if not prompts:
             self.notes.add(
                 f"Previews do not show the word: write {{}} or {self.config.trigger!r} into the preview prompt."
             )
             return
         with self.notes.side_job("Previews will not show the word as it is"):
-            self.model.check_prompts([prompt], start)
+            self.model.check_prompts(prompts, start)
 
     def record(self, step: Step, seconds: float) -> None:
         self.seconds = 0.9 * self.seconds + 0.1 * seconds if self.seconds else seconds
@@ -288,24 +298,31 @@ class TrainingRun:
         return every > 0 and step.number % every == 0 and not last and not self.preview_failed
 
     def draw(self, model: DiffusionModel, embedding: Embedding, number: int) -> None:
-        """One preview picture of the vectors at step ``number``. After one that failed only the last is tried."""
-        preview = self.request.preview
+        """One preview of the vectors at step ``number``, with a picture for each prompt beside one another.
+
+        After one that failed only the last is tried.
+        """
+        preview, trigger = self.request.preview, self.config.trigger
+        negative = place_trigger(preview.preview_negative, trigger)
+        sampling = self.shape, self.config.seed, preview.preview_steps, preview.preview_cfg, negative
+        is_result = self.live.record.state == "finishing"
         self.preview_failed = True
+        if not is_result:
+            self.live.tell("drawing")
         with self.notes.side_job("No preview"):
-            prompt = place_trigger(preview.preview_prompt, self.config.trigger)
-            picture = model.generate(
-                prompt, embedding, self.shape, self.config.seed, preview.preview_steps, preview.preview_cfg
-            )
-            self.pictures.append(picture)
+            prompts = [place_trigger(text, trigger) for text in preview.prompts]
+            pictures = [model.generate(prompt, embedding, *sampling) for prompt in prompts]
+            self.pictures.append(torch.cat(pictures, dim=2))
             self.preview_failed = False
         if not self.preview_failed:
+            self.live.pictured[number] = described(embedding, number, self.config, self.request.base_model)
             with self.notes.side_job("The preview cannot be shown"):
-                self.show_picture(picture, number)
+                self.show_picture(self.pictures[-1], number, is_result)
 
-    def show_picture(self, picture: Tensor, number: int) -> None:
+    def show_picture(self, picture: Tensor, number: int, is_result: bool) -> None:
         (file,) = ui.ImageSaveHelper.save_images(picture, "textual_inversion/preview", io.FolderType.temp, cls=None)
-        shown = [*self.live.record.pictures, {"step": number, **file}]
-        self.live.tell(self.live.record.state, pictures=shown)
+        shape = {"aspect": picture.shape[2] / picture.shape[1], "result": is_result}
+        self.live.tell(self.live.record.state, pictures=[*self.live.record.pictures, {"step": number, **shape, **file}])
 
     def save(self, step: Step) -> None:
         """Writes what is needed to resume."""
@@ -324,12 +341,16 @@ class TrainingRun:
         released = last.progress.released
         if released is not None and last.best_step > released:  # before that they are the initializer's
             name = f"{formats.file_name(self.config.trigger)}-partial"
-            self.write(last, name, [embeddings_folder(), output_folder()])
+            self.write(last, name, [embeddings_folder(), output_folder()], "What was learned so far is in {path}.")
         if last.number > 0:
             self.save(last)
+            self.notes.add("Queue the workflow again to go on.")
 
-    def write(self, step: Step, name: str, folders: Sequence[Path]) -> Embedding:
-        """The best vectors so far, written to the first of the ``folders`` that takes them."""
+    def write(self, step: Step, name: str, folders: Sequence[Path], told: str = "") -> Embedding:
+        """The best vectors so far, written to the first of the ``folders`` that takes them.
+
+        ``told`` is what the panel says of the file.
+        """
         embedding = learned_embedding(step, self.config, self.request.base_model)
         failed = []
         for folder in folders:
@@ -341,6 +362,8 @@ class TrainingRun:
                 continue
             if failed:
                 self.notes.add(f"{failed[0]} The embedding is in {path}.")
+            elif told:
+                self.notes.add(told.format(path=path.name))
             logging.info("Textual inversion: %s is in %s", self.config.trigger, path)
             return embedding
         self.notes.add(f"{' '.join(failed)} The embedding is in no file: connect Save Embedding, or queue again.")

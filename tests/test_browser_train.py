@@ -1,14 +1,18 @@
 """The live panel of the Train node in a real browser: on the canvas and in Vue nodes, against the real server."""
 
 import itertools
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from browser import SECONDS, open_comfyui, opened
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from dev.comfyui_server import ComfyServer
+from textual_inversion import formats
 
 LOAD, IMAGES, SETTINGS, TRAIN, REPORT, SECOND, SECOND_REPORT = map(str, range(1, 8))
 ENDLESS = 100_000  # steps: a run that only ends when it is told to
@@ -58,6 +62,33 @@ def test_a_run_is_seen_and_stopped(page, server):
     assert "Stopped by hand" in outputs[REPORT]["text"][0], "the nodes behind did not run"
 
 
+def test_a_preview_is_kept_during_and_after_the_run(page, server):
+    load(page, graph(trigger="Kzept", steps=ENDLESS, preview_every=10, preview_prompt="a photo of {}\n{} in the snow"))
+    queue(page)
+    panel, pictures = show(page), show(page).locator(".ti-strip button")
+    expect(pictures.nth(1)).to_be_visible()
+    expect(pictures.first.locator("img")).to_have_js_property("naturalWidth", 2 * 64)  # one beside the other
+
+    pictures.nth(1).click()
+    page.get_by_role("button", name="Keep this one").click()
+    page.keyboard.press("Escape")
+    expect(run(panel, "done")).to_contain_text("to keep what the preview of step 10 shows")
+    expect(pictures.last).to_contain_text("result")
+    assert steps_of(max((server.base / "temp/textual_inversion").glob("Kzept*"), key=os.path.getmtime)) == 10
+
+    pictures.first.click()
+    page.get_by_role("button", name="Keep this one").click()
+    expect(page.get_by_text(re.compile(r"^Saved\. Write embedding:Kzept-step-0"))).to_be_visible()
+    page.keyboard.press("Escape")
+    (saved,) = (server.base / "models/embeddings").glob("Kzept-step-0*")
+    assert steps_of(saved) == 0
+    saved.unlink()
+
+
+def steps_of(path: Path) -> int:
+    return int(formats.read(path).metadata["steps"])
+
+
 def test_preview_now_and_full_size(page):
     load(page, graph(steps=ENDLESS))
     panel = show(page)
@@ -94,7 +125,7 @@ def test_history_survives_a_reload_and_a_run_can_be_cancelled(page, server):
     wait_until(lambda: points(panel) > earlier + 1)
 
     server.interrupt()
-    expect(run(panel, "cancelled")).to_contain_text("Cancelled at step")
+    expect(run(panel, "cancelled")).to_contain_text("Queue the workflow again to go on.")
     assert points(panel) > earlier, "the curve of a cancelled run stays"
 
 
@@ -110,7 +141,11 @@ def test_a_cached_run_and_a_failed_one(page):
 
     load(page, graph(vectors=75))
     queue(page)
-    expect(run(show(page), "failed")).to_contain_text("use fewer vectors")
+    failed = run(show(page), "failed")
+    expect(failed).to_contain_text("use fewer vectors")
+    expect(failed.locator(".ti-chart")).to_be_hidden()  # nothing was measured
+    for line in failed.locator(".ti-message").all():
+        assert line.evaluate("line => line.scrollWidth <= line.clientWidth"), "cut off"
 
 
 def test_two_nodes_one_of_them_in_a_subgraph(page):

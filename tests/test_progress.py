@@ -14,6 +14,7 @@ from textual_inversion.agreement import Agreement, in_words
 from textual_inversion.dataset import Dataset, fixed_batches, make_dataset
 from textual_inversion.evaluation import CERTAIN, Difference, Evaluation, fairest, flat, gain, settled
 from textual_inversion.initializer import with_initializer
+from textual_inversion.objective import fixed_losses
 from textual_inversion.optimizers import learning_rate
 from textual_inversion.report import (
     how_it_ended,
@@ -24,7 +25,7 @@ from textual_inversion.report import (
     what_was_learned,
 )
 from textual_inversion.state import fingerprint
-from textual_inversion.training import learning_rate_factor
+from textual_inversion.training import Choice, learning_rate_factor
 
 ROWS = 16
 
@@ -212,6 +213,25 @@ def test_stopping_keeps_what_was_learned_since_the_last_evaluation(trainable):
             break
     assert (last.number, last.progress.evaluated_step, last.best_step) == (7, 7, 7)
     assert last.fixed_loss == last.best_loss
+    assert next(steps, None) is None
+
+
+@pytest.mark.parametrize("chosen", [2, 5, 7])
+def test_vectors_chosen_by_hand_are_kept_whatever_their_loss_is(trainable, chosen):
+    """Before, at and after an evaluation; the loss that is told is theirs."""
+    model, start = trainable
+    config = TrainConfig(steps=100, evaluate_every=5, batch_size=1, patience=0)
+    _, dataset, steps = start(config, ["a photo of {}"])
+    for step in steps:
+        if step.number == chosen:
+            choice = Choice(chosen, step.state.tokens.concept.snapshot())
+        if step.number == 7:
+            last = steps.send(choice)
+            break
+    assert (last.number, last.best_step) == (7, chosen)
+    assert all(torch.equal(last.best.vectors[key], vectors) for key, vectors in choice.vectors.vectors.items())
+    rows = [fixed_losses(model, [choice.vectors], fixed_batches(dataset, config, block=0))]
+    assert last.fixed_loss == last.best_loss == pytest.approx(torch.cat(rows).mean().item())
     assert next(steps, None) is None
 
 

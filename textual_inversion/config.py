@@ -110,7 +110,7 @@ class PreviewConfig:
     """Pictures drawn during training. They never change what is learned."""
 
     preview_prompt: str = "a photo of {}"
-    """Prompt of the preview pictures. Write {} or the trigger word where the embedding belongs."""
+    """Prompts of the preview pictures, one per line. Write {} or the trigger word where the embedding belongs."""
 
     preview_every: int = bounded(50, 0, 100_000)
     """Steps between preview pictures. 0: only one, at the end."""
@@ -120,6 +120,20 @@ class PreviewConfig:
 
     preview_cfg: float = bounded(7.0, 0.0, 30.0, 0.5)
     """Guidance scale (cfg) of a preview picture."""
+
+    preview_negative: str = ""
+    """Negative prompt of the preview pictures. For an embedding of what you do not want, write {} here."""
+
+    preview_sampler: str = "euler"
+    """Sampler of the preview pictures, as in KSampler."""
+
+    preview_scheduler: str = "normal"
+    """Scheduler of the preview pictures, as in KSampler."""
+
+    @property
+    def prompts(self) -> list[str]:
+        """The lines of ``preview_prompt``."""
+        return [line.strip() for line in self.preview_prompt.splitlines() if line.strip()] or [""]
 
     def __post_init__(self) -> None:
         check_limits(self)

@@ -27,14 +27,19 @@ VERY_SMALL, VERY_LARGE = 0.1, 2.5  # times the usual learning rate: it decides w
 
 def learned_embedding(step: Step, config: TrainConfig, base_model: str) -> Embedding:
     """The best vectors so far, with everything known about them as metadata. ``base_model`` is a file name."""
+    return described(step.best, step.best_step, config, base_model)
+
+
+def described(vectors: Embedding, step: int, config: TrainConfig, base_model: str) -> Embedding:
+    """The vectors of a step, with everything known about them as metadata."""
     metadata = {
         "base_model": base_model,
-        "steps": str(step.best_step),
+        "steps": str(step),
         "seed": str(config.seed),
         "settings": json.dumps(asdict(config) | {"learning_rate": learning_rate(config)}),
         "version": __version__,
     }
-    return Embedding(step.best.trigger, step.best.vectors, metadata)
+    return Embedding(vectors.trigger, vectors.vectors, metadata)
 
 
 def report(

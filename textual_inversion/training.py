@@ -76,18 +76,27 @@ class Step:
         return self.progress.best_loss
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Vectors of an earlier step that somebody chose, whatever their loss is."""
+
+    step: int
+    vectors: Embedding
+
+
 def train(
     model: TrainableModel,
     embedding: Embedding,
     dataset: Dataset,
     config: TrainConfig,
     saved: dict[str, Any] | None = None,
-) -> Generator[Step, bool | None, None]:
+) -> Generator[Step, bool | Choice | None, None]:
     """Learns v* = argmin E ||eps - eps_theta(z_t, t, c_theta(y))||^2 (arXiv 2208.01618, equation 2).
 
     Yields after every optimizer step and changes ``embedding`` (see ``Embedding.trainable``) in
     place; the model is not changed. The caller decides what to show, what to keep and when to stop:
-    ``send(True)`` gives the last step, evaluated, so that nothing learned since the last evaluation is lost.
+    ``send(True)`` gives the last step, evaluated, so that nothing learned since the last evaluation is lost, and
+    ``send(Choice(...))`` the last step with the chosen vectors as its best.
     By itself the loop ends when there is nothing more to learn (``finished``), or after ``config.steps``.
 
     ``saved`` is the ``TrainState.to_dict`` of an earlier run with the same pictures and settings:
@@ -144,7 +153,10 @@ def train(
     if stop:
         known = state.progress.evaluated_step == state.progress.step
         with out_of_memory_explained(state.progress.step):
-            fixed_loss = None if known else _evaluate(state, evaluator, config)
+            if isinstance(stop, Choice):
+                fixed_loss = _keep(stop, state, evaluator)
+            else:
+                fixed_loss = None if known else _evaluate(state, evaluator, config)
         yield Step(state.progress, 0.0, fixed_loss, state)
 
 
@@ -221,6 +233,15 @@ def _evaluate(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> f
         progress = replace(progress, flat=progress.flat + 1 if is_flat else 0)
     state.progress = progress
     return last.loss
+
+
+def _keep(choice: Choice, state: TrainState, evaluator: Evaluator) -> float:
+    """Makes the chosen vectors the best ones, and returns their fixed loss beside the per-image tokens of now."""
+    others = tuple(evaluation for evaluation in state.progress.evaluations if evaluation.step != choice.step)
+    tokens = replace(state.ema, concept=choice.vectors)
+    chosen = evaluator.evaluate(choice.step, tokens, others, released=True)
+    state.progress = replace(state.progress, evaluations=(*others, chosen), best=choice.vectors, best_step=choice.step)
+    return chosen.loss
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> float:

@@ -12,8 +12,8 @@ import { texts } from "./lib/texts.js";
 const TEXTS = await texts("panel");
 
 const EVENT = "textual_inversion.run";
-const ACTIVE = ["encoding", "searching", "learning", "finishing"];
-const STOPPABLE = ["searching", "learning"];
+const ACTIVE = ["encoding", "searching", "learning", "drawing", "finishing"];
+const STOPPABLE = ["searching", "learning", "drawing"];
 const HEIGHTS = { line: 18, chart: 128, pictures: 92, buttons: 36 }; // with the gaps above them
 const MARGIN = 10;
 
@@ -148,8 +148,7 @@ class TrainPanel {
       this.asked[action] = this.asking(action);
       this.enable();
       const answer = await api.fetchApi(`/textual_inversion/runs/${this.record.run}/${action}`, { method: "POST" });
-      if (answer.ok) return;
-      app.extensionManager.toast.add({ severity: "warn", summary: label, detail: TEXTS.refused, life: 5000 });
+      if (!answer.ok) tell("warn", label, TEXTS.refused);
     };
     return element("button", { type: "button", textContent: label, title: help, onclick });
   }
@@ -213,26 +212,43 @@ class FilmStrip {
     if (added.length && atEnd) this.root.scrollLeft = this.root.scrollWidth;
   }
 
-  frame({ step, filename, subfolder, type }) {
+  frame({ step, result, aspect, filename, subfolder, type }) {
     const src = api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
-    const label = filled(TEXTS.pictureStep, { step });
+    const label = result ? TEXTS.result : filled(TEXTS.pictureStep, { step });
     const image = element("img", { src, alt: label, draggable: false });
+    image.style.aspectRatio = aspect; // known before the picture is loaded, so that the strip can scroll to its end
     const frame = element("button", { type: "button", title: label }, image, element("span", { textContent: label }));
     frame.onclick = () => showFullSize(frame);
+    frame.keep = result ? null : () => keepPicture(this.run, step);
     return frame;
   }
+}
+
+/** Makes what the preview of this step shows the result of the run; after its end the server saves it. */
+async function keepPicture(run, step) {
+  const answer = await api.fetchApi(`/textual_inversion/runs/${run}/keep/${step}`, { method: "POST" });
+  if (!answer.ok) return tell("warn", TEXTS.keep, TEXTS.gone);
+  const { saved } = await answer.json();
+  tell("success", TEXTS.keep, saved ? filled(TEXTS.saved, { name: saved }) : filled(TEXTS.kept, { step }));
+}
+
+function tell(severity, summary, detail) {
+  app.extensionManager.toast.add({ severity, summary, detail, life: 8000 });
 }
 
 /** Shows a picture of the strip in a dialog; the arrow keys go to the next and the previous one. */
 function showFullSize(frame) {
   const image = element("img");
-  const caption = element("div");
-  const dialog = element("dialog", { className: "ti-full-size" }, image, caption);
+  const caption = element("span");
+  const onclick = () => frame.keep();
+  const keep = element("button", { type: "button", textContent: TEXTS.keep, title: TEXTS.keepHelp, onclick });
+  const dialog = element("dialog", { className: "ti-full-size" }, image, element("div", {}, caption, keep));
   const turnTo = (next) => {
     if (!next) return;
     frame = next;
     image.src = frame.querySelector("img").src;
     image.alt = caption.textContent = frame.title;
+    keep.hidden = !frame.keep;
   };
   turnTo(frame);
   dialog.onclick = () => dialog.close();

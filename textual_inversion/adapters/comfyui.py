@@ -138,7 +138,15 @@ class ComfyModel:
     ``with model.paused():``, they are bit for bit the graph's and ComfyUI may move them.
     """
 
-    def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, gradient_checkpointing: bool = False):
+    def __init__(
+        self,
+        model: ModelPatcher,
+        clip: CLIP,
+        vae: VAE,
+        gradient_checkpointing: bool = False,
+        sampler: str = "euler",
+        scheduler: str = "normal",
+    ):
         self.keys = embedding_keys(clip)
         if clip.patcher.forced_hooks or clip.apply_hooks_to_conds:
             raise UserError(
@@ -147,6 +155,7 @@ class ComfyModel:
             )
         self._patcher, self._clip = _without_dynamic_vram(model, clip)
         self._vae = vae
+        self._sampler, self._scheduler = sampler, scheduler
         self._checkpointable = (self._clip.cond_stage_model, self._patcher.model.diffusion_model)
         self._checkpointed = len(self._checkpointable) if gradient_checkpointing else 0
         self._contexts = ExitStack()
@@ -376,21 +385,28 @@ class ComfyModel:
 
     @torch.inference_mode()
     def generate(
-        self, prompt: str, embedding: Embedding | None, shape: Sequence[int], seed: int, steps: int, cfg: float
+        self,
+        prompt: str,
+        embedding: Embedding | None,
+        shape: Sequence[int],
+        seed: int,
+        steps: int,
+        cfg: float,
+        negative: str = "",
     ) -> Tensor:
         """Drawn by ComfyUI's own sampler; see ``DiffusionModel``."""
         clip = with_embeddings(self._clip, *([embedding] if embedding else []))
-        positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, ""))
+        wanted, unwanted = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, negative))
         latent = torch.zeros(1, *shape)
         samples = comfy.sample.sample(
             self._patcher,
             comfy.sample.prepare_noise(latent, seed),
             steps,
             cfg,
-            "euler",
-            "normal",
-            positive,
-            negative,
+            self._sampler,
+            self._scheduler,
+            wanted,
+            unwanted,
             latent,
             disable_pbar=True,
             seed=seed,

@@ -266,7 +266,14 @@ class DiffusersModel:
     # Pictures -----------------------------------------------------------------------------------
 
     def generate(
-        self, prompt: str, embedding: Embedding | None, shape: Sequence[int], seed: int, steps: int, cfg: float
+        self,
+        prompt: str,
+        embedding: Embedding | None,
+        shape: Sequence[int],
+        seed: int,
+        steps: int,
+        cfg: float,
+        negative: str = "",
     ) -> Tensor:
         """One picture (1, H, W, 3) in 0..1 of latent ``shape`` (C, h, w), drawn by the pipeline itself."""
         patch, scale = self._family.patch, self._pipeline.vae_scale_factor
@@ -274,13 +281,14 @@ class DiffusersModel:
         drawing = nullcontext(copy.copy(self._pipeline))
         if embedding is not None:
             drawing = with_embeddings(self._pipeline, self._encoders, embedding.for_encoders(self.keys))
-            prompt = spelled(prompt, embedding)
+            prompt, negative = spelled(prompt, embedding), spelled(negative, embedding)
         with drawing as pipeline:
             pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # it keeps where it stands
             pipeline.set_progress_bar_config(disable=True)
             pictures = pipeline(
                 prompt,
                 height=height,
+                **({"negative_prompt": negative} if negative else {}),
                 width=width,
                 num_inference_steps=steps,
                 guidance_scale=cfg,

@@ -26,7 +26,14 @@ class DiffusionModel(Protocol):
         ...
 
     def generate(
-        self, prompt: str, embedding: Embedding | None, shape: Sequence[int], seed: int, steps: int, cfg: float
+        self,
+        prompt: str,
+        embedding: Embedding | None,
+        shape: Sequence[int],
+        seed: int,
+        steps: int,
+        cfg: float,
+        negative: str = "",
     ) -> Tensor:
         """One picture (1, H, W, 3) in 0..1 of latent ``shape`` (C, h, w), drawn by the library's own sampler."""
         ...
