@@ -221,7 +221,7 @@ def test_vectors_chosen_by_hand_are_kept_whatever_their_loss_is(trainable, chose
     """Before, at and after an evaluation; the loss that is told is theirs."""
     model, start = trainable
     config = TrainConfig(steps=100, evaluate_every=5, batch_size=1, patience=0)
-    _, dataset, steps = start(config, ["a photo of {}"])
+    dataset, _, steps = start(config, ["a photo of {}"])
     for step in steps:
         if step.number == chosen:
             choice = Choice(chosen, step.state.tokens.concept.snapshot())
