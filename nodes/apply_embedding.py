@@ -42,5 +42,6 @@ class ApplyEmbedding(io.ComfyNode):
     @classmethod
     def execute(cls, clip, embedding, trigger, strength) -> io.NodeOutput:
         trigger = trigger.strip() or embedding.trigger
-        check_trigger(trigger)
+        if trigger != embedding.trigger:  # the rules are for new words: a file may have any name
+            check_trigger(trigger)
         return io.NodeOutput(with_embeddings(clip, embedding.renamed(trigger).scaled(strength)))

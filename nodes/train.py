@@ -5,6 +5,7 @@ from torch import Tensor
 from ..textual_inversion import PreviewConfig, TrainConfig
 from ..textual_inversion.adapters.comfyui import ComfyModel
 from ..textual_inversion.dataset import make_dataset
+from ..textual_inversion.formats import file_name
 from ..textual_inversion.optimizers import check_settings
 from ..textual_inversion.prompts import check_trigger
 from ..textual_inversion.state import fingerprint
@@ -81,6 +82,7 @@ class Train(io.ComfyNode):
         values = {name: value[0] for name, value in widgets.items()} | (settings or [{}])[0]
         config, preview = config_of(TrainConfig, values), config_of(PreviewConfig, values)
         check_trigger(config.trigger)
+        file_name(config.trigger)  # refused now, not after training
         check_settings(config)
         pictures, masks, captions = _single(images), _single(masks or []), captions or []
         continued = resume[0] if resume else None

@@ -5,7 +5,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
@@ -13,7 +13,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import formats, inspection
-from .adapters.diffusers_pipeline import DiffusersModel
 from .config import TrainConfig
 from .dataset import GRID, make_dataset
 from .devices import fastest_dtype, usable_device
@@ -27,6 +26,9 @@ from .prompts import check_trigger, place_trigger
 from .report import learned_embedding, report
 from .training import earliest_end, train
 from .vocabulary import initial_embedding
+
+if TYPE_CHECKING:
+    from .adapters.diffusers_pipeline import DiffusersModel
 
 app = tyro.extras.SubcommandApp()
 TriggerOption = Annotated[str, tyro.conf.arg(aliases=("--word",))]
@@ -51,7 +53,9 @@ class Pipeline:
     """Precision of the model; the vectors are always float32. automatic: bfloat16 on a card that computes in it,
     float16 on an older one, float32 elsewhere."""
 
-    def load(self, gradient_checkpointing: bool = False) -> DiffusersModel:
+    def load(self, gradient_checkpointing: bool = False) -> "DiffusersModel":
+        from .adapters.diffusers_pipeline import DiffusersModel  # seconds, and only drawing and training need it
+
         device = usable_device(self.device)
         dtype = fastest_dtype(device) if self.dtype == "automatic" else getattr(torch, self.dtype)
         return DiffusersModel.load(self.model, self.config, dtype, device, gradient_checkpointing)
@@ -88,8 +92,7 @@ def train_command(
     """
     check_trigger(settings.trigger)
     check_settings(settings)
-    folder, name = (output.parent, output.stem) if output else (Path(), settings.trigger)
-    target = formats.free_path(folder, formats.file_name(name), formats.FORMATS[format].suffix)
+    folder, name = _target(output or Path(settings.trigger))
     pictures, masks, captions = load_folder(images, 0)
     model = pipeline.load(settings.gradient_checkpointing)
     dataset = make_dataset(model.encode_images, pictures, masks, captions, settings)
@@ -109,8 +112,8 @@ def train_command(
                 ended = str(error)
             except KeyboardInterrupt:
                 ended = f"Interrupted at step {step.number}."
-        for path in formats.write(learned_embedding(step, config, pipeline.model.name), target, format):
-            print(path)
+        learned = learned_embedding(step, config, pipeline.model.name)
+        _print_files(formats.write_new(learned, folder, name, format), learned, format)
         _say(report(trainable, dataset, config, start, step, repr(config.initializer), ended))
     if ended.startswith("Interrupted"):
         sys.exit(INTERRUPTED)
@@ -149,11 +152,9 @@ def convert(
         picture: The picture of a PNG card.
     """
     embedding = _read(file, partner, trigger)
-    target = output or file
-    path = formats.free_path(target.parent, target.stem, formats.FORMATS[to].suffix)
+    folder, name = _target(output or file)
     shown = Image.open(picture).convert("RGB") if picture else None
-    for written in formats.write(embedding, path, to, shown):
-        print(written)
+    _print_files(formats.write_new(embedding, folder, name, to, shown), embedding, to)
 
 
 @app.command
@@ -186,6 +187,18 @@ def generate(
     drawn = [model.generate(text, known, shape, seed, steps, cfg)[0] for known in (None, learned)]
     to_pillow(torch.cat(drawn, dim=1)).save(output)
     print(output)
+
+
+def _target(output: Path) -> tuple[Path, str]:
+    """Folder and name of a new file. Raises UserError for a name that ComfyUI's embedding:NAME could not have."""
+    return output.parent, formats.file_name(output.name)
+
+
+def _print_files(files: list[Path], embedding: Embedding, format: FormatName) -> None:
+    for path in files:
+        print(path)
+    if hint := formats.prompt_hint(embedding, format):
+        _say(hint)
 
 
 def _read(file: Path, partner: Path | None, trigger: str) -> Embedding:
