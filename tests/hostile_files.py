@@ -74,8 +74,8 @@ def tensor(stored: bytes, offset: int, shape: tuple, strides: tuple) -> bytes:
     def numbers(values):
         return b"(" + b"".join(b"\x8a\x08" + struct.pack("<q", value) for value in values) + b"t"
 
-    view = numbers(shape) + numbers(strides)
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + stored + b"\x8a\x08" + struct.pack("<q", offset) + view + b"\x89}tR"
+    view = b"\x8a\x08" + struct.pack("<q", offset) + numbers(shape) + numbers(strides)
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + stored + view + b"\x89}tR"
 
 
 def huge_views(shape: tuple, strides: tuple, count: int, tensors: int = 1) -> bytes:
@@ -120,7 +120,7 @@ def safetensors_with_header(header: bytes) -> bytes:
 def many_entries() -> bytes:
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
-        for number in range(60_000):
+        for number in range(20_000):
             archive.writestr(f"a/{number}", b"")
     return data.getvalue()
 
@@ -144,9 +144,9 @@ HUGE, LARGE = 8 * 2**30, 2 * 2**30
 MAKERS: dict[str, Callable[[], bytes]] = {
     "comment that hides an archive": lambda: torch_zip(dumped(bytes(2**20)), comment=b"PK\5\6" + b"\0" * 6),
     "comment and a deflated bomb": lambda: torch_zip(
-        dumped(bytes(2**30)), comment=b"PK\5\6" + b"\0" * 6, compression=zipfile.ZIP_DEFLATED
+        dumped(bytes(2**27)), comment=b"PK\5\6" + b"\0" * 6, compression=zipfile.ZIP_DEFLATED
     ),
-    "deflated": lambda: torch_zip(dumped(bytes(2**28)), compression=zipfile.ZIP_DEFLATED),
+    "deflated": lambda: torch_zip(dumped(bytes(2**27)), compression=zipfile.ZIP_DEFLATED),
     "bytearray(8 GiB)": lambda: torch_zip(dumped(Call(bytearray, HUGE))),
     "bytearray(8 GiB), legacy": lambda: legacy(dumped(Call(bytearray, HUGE))),
     "Counter(bytearray(2 GiB))": lambda: torch_zip(dumped(Call(Counter, Call(bytearray, LARGE)))),
@@ -171,28 +171,28 @@ MAKERS: dict[str, Callable[[], bytes]] = {
     "four million opcodes": lambda: torch_zip(b"\x80\x02" + b"N" * 2**22 + b"."),
     "four million marks": lambda: torch_zip(b"\x80\x02" + b"(" * 2**22 + b"."),
     "a number of four million bytes": lambda: torch_zip(b"\x80\x02}U\x04step\x8b\0\0\x40\0" + b"\x7f" * 2**22 + b"s."),
-    "60,000 entries": many_entries,
+    "20,000 entries": many_entries,
     "64 names for one record": overlapping,
     "animated picture": lambda: animated(100),
     "animated picture without end": lambda: animated(1000),
     "picture of 60000 x 60000": lambda: png(chunk(b"IDAT", zlib.compress(bytes(10**6))), width=60_000, height=60_000),
     "picture of 9 megapixels": lambda: png(picture(3000, 3000), width=3000, height=3000),
-    "picture of 60 megapixels": lambda: png(picture(10_000, 6_000), width=10_000, height=6_000),
-    "text of 400 MB": lambda: png(
-        chunk(b"zTXt", b"sd-ti-embedding\0\0" + zlib.compress(b"A" * 400 * 2**20, 9)), picture(8, 8)
+    "picture of 60 megapixels": lambda: png(picture(10_000, 6), width=10_000, height=6_000),
+    "text of 100 MB": lambda: png(
+        chunk(b"zTXt", b"sd-ti-embedding\0\0" + zlib.compress(b"A" * 100 * 2**20, 9)), picture(8, 8)
     ),
-    "a million chunks": lambda: png(*[chunk(b"tEXt", b"") for _ in range(10**6)]),
+    "100,000 chunks": lambda: png(*[chunk(b"tEXt", b"") for _ in range(10**5)]),
     "a card of brackets": lambda: card(b"[" * 10**7),
     "a card of empty lists": lambda: card(b"[" + b"[]," * 10**7 + b"1]"),
     "a card of empty objects": lambda: card(b"[" + b"{}," * 10**7 + b"1]"),
     "a card of numbers": lambda: card(b'{"string_to_param":{"*":{"TORCHTENSOR":[[' + b"1," * 10**7 + b"1]]}}}"),
     "a card of one long number": lambda: card(b'{"string_to_param":{"*":{"TORCHTENSOR":[[' + b"1" * 10**7 + b"]]}}}"),
     "header of 2^60 bytes": lambda: struct.pack("<Q", 2**60) + b"{}" + bytes(100),
-    "header of 60 MB of notes": lambda: safetensors_with_header(
-        b'{"__metadata__":{' + b",".join(b'"%x":""' % n for n in range(5 * 10**6)) + b"}}"
+    "header of 8 MB of notes": lambda: safetensors_with_header(
+        b'{"__metadata__":{' + b",".join(b'"%x":""' % n for n in range(500_000)) + b"}}"
     ),
-    "header of a million tensors": lambda: safetensors_with_header(
-        b"{" + b",".join(b'"%x":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(10**6)) + b"}"
+    "header of 100,000 tensors": lambda: safetensors_with_header(
+        b"{" + b",".join(b'"%x":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(100_000)) + b"}"
     ),
     "200,000 notes": lambda: save({"clip_l": torch.ones(1, 8)}, {f"{n:x}": "" for n in range(200_000)}),
     "16 tensors of 8 MB": lambda: save({f"a{n}": torch.zeros(1024, 2048) for n in range(16)}),

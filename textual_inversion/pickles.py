@@ -205,7 +205,7 @@ def _run(file: io.BytesIO, find: Find) -> Any:
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(_without_tuples(memo[argument]))
+            stack.append(_shared(memo[argument]))
         elif name == "MARK":
             below.append(stack)
             stack = []
@@ -243,10 +243,10 @@ def _run(file: io.BytesIO, find: Find) -> Any:
     raise PickleError("it is cut or damaged: download or copy it again.")
 
 
-def _without_tuples(value: Any) -> Any:
+def _shared(value: Any) -> Any:
     """Forty tuples that each hold the one before twice are 2^40 things to whoever looks into them."""
-    if isinstance(value, tuple) and not isinstance(value, Name | View):
-        raise PickleError("it uses one tuple in several places, and no embedding needs that.")
+    if type(value) is tuple and any(isinstance(part, tuple | list | dict) for part in value):
+        raise PickleError("it uses one tuple of tuples in several places, and no embedding needs that.")
     return value
 
 
