@@ -178,7 +178,7 @@ def test_damaged_files():
     """A short run of fuzz_formats.py; docs/formats.md names the long one."""
     script = Path(__file__).with_name("fuzz_formats.py")
     command = [sys.executable, str(script), "--examples", "40"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=script.parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
     assert "errors" in done.stdout
 

@@ -106,6 +106,19 @@ class Embedding:
             )
         return replace(self, vectors=found, unnamed=frozenset())
 
+    def partly(self, encoders: dict[str, int]) -> str:
+        """One line for people where encoders get no vectors, or vectors no encoder; empty where all fit.
+
+        Raises UserError where nothing fits.
+        """
+        used = self.for_encoders(encoders, complete=False).vectors
+        without = [key for key in encoders if key not in used]
+        unused = [key or "vectors" for key, rows in self.vectors.items() if all(rows is not r for r in used.values())]
+        parts = [f"{listed(without)} of the model reads the word as text" if without else ""]
+        parts.append(f"the vectors for {listed(unused)} are not used" if unused else "")
+        said = " and ".join(filter(None, parts))
+        return f"{self.trigger} works in {listed(used)} only: {said}." if said else ""
+
     def scaled(self, strength: float) -> "Embedding":
         return self.mapped(lambda tensor: tensor * strength)
 
