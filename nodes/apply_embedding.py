@@ -51,4 +51,4 @@ class ApplyEmbedding(io.ComfyNode):
         if said:
             logging.info("Apply Embedding: %s", said)
         applied = with_embeddings(clip, embedding.scaled(strength))
-        return io.NodeOutput(applied, **({"ui": ui.PreviewText(said)} if said else {}))
+        return io.NodeOutput(applied, ui=ui.PreviewText(said)) if said else io.NodeOutput(applied)

@@ -130,7 +130,7 @@ def list_changed(parts: list, draw: random.Random, new: Callable[[], object]) ->
 
 def pickle_changed(data: bytes, draw: random.Random) -> bytes:
     """The first pickle in ``data``, opcode by opcode; what follows stays."""
-    starts = [position for _, _, position in pickletools.genops(data)]
+    starts = [position or 0 for _, _, position in pickletools.genops(data)]
     end = starts[-1] + 1  # behind STOP
     opcodes = [data[start:stop] for start, stop in zip(starts, [*starts[1:], end], strict=True)]
     changed = list_changed(opcodes[1:-1], draw, lambda: draw.choice(OPCODES))
@@ -141,7 +141,7 @@ def legacy_changed(data: bytes, draw: random.Random) -> bytes:
     """One of the five pickles of a file without an archive."""
     start = 0
     for _ in range(draw.choice((0, 1, 2, 3, 3, 3, 3, 4))):
-        start += [position for _, _, position in pickletools.genops(data[start:])][-1] + 1
+        start += max(position or 0 for _, _, position in pickletools.genops(data[start:])) + 1
     return data[:start] + pickle_changed(data[start:], draw)
 
 

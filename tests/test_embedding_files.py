@@ -2,6 +2,7 @@
 
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import pytest
@@ -34,7 +35,7 @@ def folders(tmp_path, monkeypatch) -> list[Path]:
     return made
 
 
-def stock(name: str, folders: list[Path]):
+def stock(name: str, folders: list[Path]) -> Any:
     return load_embed(name, [str(folder) for folder in folders], 768, "clip_l")
 
 

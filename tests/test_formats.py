@@ -765,7 +765,10 @@ def test_second_file_of_a_pair_replaces_no_other(tmp_path, embedding):
     assert other.read_bytes() == before
     again = formats.write(embedding.scaled(2), tmp_path / "pair-2.safetensors", "diffusers")
     assert [path.name for path in again] == names
-    assert torch.equal(formats.read_pair(*again).for_encoders(SDXL).vectors["clip_g"], 2 * embedding.vectors["clip_g"])
+    first, second = again
+    assert torch.equal(
+        formats.read_pair(first, second).for_encoders(SDXL).vectors["clip_g"], 2 * embedding.vectors["clip_g"]
+    )
 
 
 @pytest.mark.parametrize("trigger", ["bundle_emb.a.clip_l", "cat_out", "t5", "emb", "clip_l", "S*", "../up"])

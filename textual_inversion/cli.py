@@ -1,6 +1,7 @@
 """The engine on the command line, with a diffusers pipeline: ``python -m textual_inversion --help``."""
 
 import logging
+import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -216,6 +217,9 @@ def main() -> None:
     logger.addHandler(logging.StreamHandler())
     try:
         app.cli(prog="textual_inversion", description="Teach an image model a new word from a few pictures.")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, TrainingError, OSError) as error:
         _say(f"error: {error}")
         sys.exit(1)
