@@ -1,6 +1,8 @@
-from comfy_api.latest import io
+import logging
 
-from ..textual_inversion.adapters.comfyui_tokens import with_embeddings
+from comfy_api.latest import io, ui
+
+from ..textual_inversion.adapters.comfyui_tokens import embedding_keys, with_embeddings
 from ..textual_inversion.prompts import check_trigger
 from .sockets import CATEGORY, EmbeddingSocket
 
@@ -42,5 +44,11 @@ class ApplyEmbedding(io.ComfyNode):
     @classmethod
     def execute(cls, clip, embedding, trigger, strength) -> io.NodeOutput:
         trigger = trigger.strip() or embedding.trigger
-        check_trigger(trigger)
-        return io.NodeOutput(with_embeddings(clip, embedding.renamed(trigger).scaled(strength)))
+        if trigger != embedding.trigger:  # the rules are for new words: a file may have any name
+            check_trigger(trigger)
+        embedding = embedding.renamed(trigger)
+        said = embedding.partly(embedding_keys(clip))
+        if said:
+            logging.info("Apply Embedding: %s", said)
+        applied = with_embeddings(clip, embedding.scaled(strength))
+        return io.NodeOutput(applied, ui=ui.PreviewText(said)) if said else io.NodeOutput(applied)

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..textual_inversion.embedding import Embedding
-from ..textual_inversion.inspection import Vectors
+from ..textual_inversion.inspection import Vectors, readable
 
 WIDTH = 1024
 MOST_ROWS = 75  # vectors that fit into one section of a CLIP prompt
@@ -70,7 +70,7 @@ def _draw_part(draw: ImageDraw.ImageDraw, top: int, part: Vectors) -> None:
     for number, (length, end) in enumerate(zip(rows, ends, strict=True)):
         y, x = first + ROW * number + BAR / 2, float(NEAREST)
         draw.text((LEFT - 14, y), str(number + 1), PALE, _font(16), anchor="rm")
-        draw.text((end + 10, y), f"{length:.3f}", INK, _font(17), anchor="lm", stroke_width=2, stroke_fill=PAPER)
+        draw.text((end + 10, y), readable(length), INK, _font(17), anchor="lm", stroke_width=2, stroke_fill=PAPER)
         for word, cosine in part.nearest[number] if part.nearest else []:
             x = _write_word(draw, x, y, word, cosine)
     if len(part.lengths) > MOST_ROWS:
@@ -90,7 +90,7 @@ def _write_word(draw: ImageDraw.ImageDraw, x: float, y: float, word: str, cosine
 
 def _write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, color=INK, right=WIDTH - MARGIN):
     """Writes one line, shortened to end before ``right``."""
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    text = "".join(letter if letter.isprintable() else " " for letter in text[:WIDTH])
     kept = text
     while draw.textlength(kept, _font(size)) > right - x:
         text = text[:-1]

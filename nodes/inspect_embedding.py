@@ -50,7 +50,7 @@ class InspectEmbedding(io.ComfyNode):
     def execute(cls, embedding, clip=None) -> io.NodeOutput:
         known = {}
         if clip is not None:
-            known, read = vocabularies(clip), embedding.for_encoders(embedding_keys(clip)).vectors
+            known, read = vocabularies(clip), embedding.for_encoders(embedding_keys(clip), False).vectors
             unread = {key: rows for key, rows in embedding.vectors.items() if all(rows is not r for r in read.values())}
             embedding = replace(embedding, vectors={**read, **unread})
         found = inspect(embedding, known)

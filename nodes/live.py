@@ -106,8 +106,8 @@ def keep(run: LiveRun, step: int) -> str:
         run.stop.set()
         return ""
     embedding = run.pictured[step]
-    path = formats.free_path(embeddings_folder(), f"{formats.file_name(embedding.trigger)}-step-{step}")
-    formats.write(embedding, path)
+    name = f"{formats.file_name(embedding.trigger)}-step-{step}"
+    (path,) = formats.write_new(embedding, embeddings_folder(), name)
     return f"embedding:{path.stem}"
 
 

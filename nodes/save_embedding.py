@@ -2,7 +2,7 @@ from comfy_api.latest import io, ui
 
 from ..textual_inversion import formats
 from ..textual_inversion.pictures import to_pillow
-from .files import embeddings_folder
+from .files import check_overwrite, embeddings_folder, is_taken
 from .sockets import CATEGORY, EmbeddingSocket
 
 
@@ -43,9 +43,17 @@ class SaveEmbedding(io.ComfyNode):
     def execute(cls, embedding, name, overwrite, format: formats.FormatName = "comfyui", picture=None) -> io.NodeOutput:
         folder, chosen = embeddings_folder(), formats.FORMATS[format]
         name = formats.file_name(name.strip() or embedding.trigger)
-        path = folder / f"{name}{chosen.suffix}" if overwrite else formats.free_path(folder, name, chosen.suffix)
-        written = formats.write(embedding, path, format, None if picture is None else to_pillow(picture[-1]))
+        shown = None if picture is None else to_pillow(picture[-1])
+        if overwrite:
+            path = folder / f"{name}{chosen.suffix}"
+            if chosen.stock_reads_it:
+                check_overwrite(path, name)
+            written = formats.write(embedding, path, format, shown)
+        else:
+            written = formats.write_new(embedding, folder, name, format, shown, is_taken)
+        names = [file.relative_to(folder).as_posix() for file in written]
+        prompt, text = f"embedding:{names[0].removesuffix(chosen.suffix)}", ""
         if len(written) > 1 or not chosen.stock_reads_it:  # Load Embedding reads them
-            return io.NodeOutput("", ui=ui.PreviewText(" and ".join(file.name for file in written)))
-        prompt = f"embedding:{path.stem}"
-        return io.NodeOutput(prompt, ui=ui.PreviewText(prompt))
+            prompt, text = "", " and ".join(names)
+        hint = formats.prompt_hint(embedding, format)
+        return io.NodeOutput(prompt, ui=ui.PreviewText(". ".join(filter(None, [text or prompt, hint]))))

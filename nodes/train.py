@@ -9,6 +9,7 @@ from torch import Tensor
 from ..textual_inversion import PreviewConfig, TrainConfig, UserError
 from ..textual_inversion.adapters.comfyui import ComfyModel
 from ..textual_inversion.dataset import check_pictures, make_dataset
+from ..textual_inversion.formats import file_name
 from ..textual_inversion.optimizers import check_settings
 from ..textual_inversion.prompts import check_trigger
 from ..textual_inversion.state import fingerprint
@@ -91,6 +92,7 @@ class Train(io.ComfyNode):
         values = {name: value[0] for name, value in widgets.items()} | (settings or [{}])[0]
         config, preview = config_of(TrainConfig, values), config_of(PreviewConfig, values)
         check_trigger(config.trigger)
+        file_name(config.trigger)  # refused now, not after training
         check_settings(config)
         pictures, masks, captions = _single(images), _single(masks or []), captions or []
         _check_no_list_as_text(captions)

@@ -355,8 +355,7 @@ class TrainingRun:
         failed = []
         for folder in folders:
             try:
-                path = formats.free_path(folder, name)
-                formats.write(embedding, path)
+                (path,) = formats.write_new(embedding, folder, name)
             except Exception as error:  # a full disk, missing rights, a folder that is a file ...
                 failed.append(f"{folder} cannot be written to: {reason(error)}")
                 continue

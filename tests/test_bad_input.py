@@ -60,7 +60,9 @@ def test_file_names_of_triggers(name, expected):
     assert file_name(name) == expected
 
 
-@pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", "name.pt", "nul", "x" * 200])
+@pytest.mark.parametrize(
+    "name", ["../up", "a/../b", "/up", "a//b", "c:up", "nul", "com1.x", "a/nul", "con*", "x" * 226]
+)
 def test_bad_file_names(name):
     with pytest.raises(UserError):
         file_name(name)

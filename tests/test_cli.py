@@ -87,10 +87,29 @@ def test_inspect_and_convert(tmp_path):
     assert "word: 2 vectors, clip_l 768 and clip_g 1280" in done.stdout
     done = call("convert", "word.safetensors", "--to", "diffusers", "--output", "pair.safetensors", folder=tmp_path)
     first, second = (tmp_path / line for line in done.stdout.split())
-    assert load_file(first).keys() == {"word"}
-    assert load_file(second)["word"].shape == (2, 1280)
+    assert load_file(first).keys() == {"<word>"}
+    assert load_file(second)["<word>"].shape == (2, 1280)
+    assert done.stderr == "In diffusers, write <word> in prompts.\n"
     done = call("convert", first, "--partner", second, "--to", "png-card", "--output", "card.png", folder=tmp_path)
     assert formats.read(tmp_path / "card.png").vectors.keys() == {"clip_l", "clip_g"}
+    for output in ("my_v1.3", "my_v1.3.safetensors", "my_v1.3.pt"):
+        done = call("convert", "word.safetensors", "--to", "comfyui", "--output", output, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.glob("my*")} == {f"my_v1.3{n}.safetensors" for n in ("", "-2", "-3")}
+
+
+def test_inspect_imports_no_diffusers_and_is_quiet_in_a_pipe(tmp_path):
+    save_file({"clip_l": torch.ones(1000, 768)}, tmp_path / "word.safetensors")
+    code = (
+        "import sys; from textual_inversion import cli; sys.argv = ['x', 'inspect', 'word.safetensors']; cli.main()\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'diffusers', 'transformers', 'accelerate'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"
+    shell = f"set -o pipefail; '{sys.executable}' -m textual_inversion inspect word.safetensors | head -1"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "word: 1000 vectors, clip_l 768\n"
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,46 @@ def test_words_can_be_chained(graph, word):
         assert torch.equal(torch.stack(values), torch.cat([second.vectors[key], first.vectors[key]]))
 
 
+def tokens_by_encoder(clip, prompt):
+    return {
+        name: ["vector" if torch.is_tensor(token) else token for token, _ in row]
+        for name, (row, *_) in clip.tokenize(prompt).items()
+    }
+
+
+@pytest.mark.parametrize("prompt", ["a photo of S*", "S* and T* and S*", "(S*:1.2), grass", "T*", "grass"])
+def test_an_encoder_without_vectors_reads_the_word_as_text(checkpoints, load, prompt):
+    """S* has vectors for one encoder of SDXL, T* for the other: whichever comes first."""
+    clip = load(checkpoints["SmallSDXL"]).clip
+    keys = embedding_keys(clip)
+    one, other = (Embedding(f"{word}*", {key: torch.ones(2, keys[key])}) for word, key in zip("ST", keys, strict=True))
+    plain = tokens_by_encoder(clip, prompt)
+    for words in ((one, other), (other, one)):
+        found = tokens_by_encoder(with_embeddings(with_embeddings(clip, words[0]), words[1]), prompt)
+        for name, trigger, text in (("l", "S*", "T*"), ("g", "T*", "S*")):
+            assert found[name].count("vector") == 2 * prompt.count(trigger)
+            if trigger not in prompt:
+                assert found[name] == plain[name]
+            ids = {token for token in plain[name] if text in prompt and token in tokens_by_encoder(clip, text)[name]}
+            assert ids <= set(found[name])
+    encoded(with_embeddings(clip, one), prompt, True)
+
+
+def test_partial_embeddings_are_told(checkpoints, load):
+    sdxl, sd1 = (load(checkpoints[name]).clip for name in ("SmallSDXL", "SmallSD1"))
+    both = Embedding("S*", {key: torch.ones(1, width) for key, width in embedding_keys(sdxl).items()})
+    assert both.partly(embedding_keys(sdxl)) == ""
+    only = "S* works in clip_l only"
+    assert both.partly(embedding_keys(sd1)) == f"{only}: the vectors for clip_g are not used."
+    one = Embedding("S*", {"clip_l": both.vectors["clip_l"]})
+    assert one.partly(embedding_keys(sdxl)) == f"{only}: clip_g of the model reads the word as text."
+    assert one.partly(embedding_keys(sd1)) == ""
+    t5 = Embedding("S*", {"t5xxl": torch.ones(1, 64)})
+    for clip in (sdxl, sd1):
+        with pytest.raises(UserError, match="made for another model"):
+            t5.partly(embedding_keys(clip))
+
+
 def test_graphs_own_clip_keeps_working(graph, word):
     before = encoded(graph.clip, "a photo of S*")
     clip = with_embeddings(graph.clip, word("S*"))

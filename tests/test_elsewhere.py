@@ -42,3 +42,25 @@ def test_diffusers_loads(family, format, count, tmp_path):
     for one, other in zip(ours.values(), loaded(pipeline, files), strict=False):
         assert torch.allclose(one, other, atol=1e-5)
     assert not torch.allclose(ours["context"], model.encode_prompts([PROMPT], word.scaled(0.5))["context"], atol=1e-2)
+
+
+@pytest.mark.parametrize("trigger", ["S*", "Cat", "Кот", "<Cat>", "cat", "*", "word", "Ünder", "2Girls", "猫"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_diffusers_uses_all_vectors(trigger, count, tmp_path):
+    """With its own tokenizer and loader: the word that the hint says brings all vectors, in any case of letters."""
+    untouched = small_pipeline("SD1")
+    width = untouched.text_encoder.config.hidden_size
+    word = Embedding(trigger, {"clip_l": torch.randn(count, width)})
+    for format in ("diffusers", "concepts-library"):
+        (path,) = formats.write_new(word, tmp_path, "word", format)
+        pipeline = copy.deepcopy(untouched)
+        pipeline.load_textual_inversion(str(path))
+        token = formats.diffusers_token(trigger)
+        hint = formats.prompt_hint(word, format)
+        assert hint == (f"In diffusers, write {token} in prompts." if token != trigger else "")
+        assert pipeline.tokenizer is not None
+        text = pipeline.maybe_convert_prompt(f"a photo of {token} here", pipeline.tokenizer)
+        ids = pipeline.tokenizer(text).input_ids
+        table = pipeline.text_encoder.get_input_embeddings().weight
+        rows = [table[number] for number in ids if number >= len(table) - count]
+        assert torch.equal(torch.stack(rows), word.vectors["clip_l"])

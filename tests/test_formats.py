@@ -2,6 +2,11 @@
 
 import base64
 import json
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -17,6 +22,7 @@ from safetensors.torch import load_file, save, save_file
 
 from textual_inversion import Embedding, UserError, formats
 
+ROOT = Path(__file__).resolve().parent.parent
 SD1, SD2, SDXL = {"clip_l": 768}, {"clip_h": 1024}, {"clip_l": 768, "clip_g": 1280}
 SD3, FLUX = {**SDXL, "t5xxl": 4096}, {"clip_l": 768, "t5xxl": 4096}
 
@@ -140,7 +146,7 @@ def test_pair_of_files_for_sdxl(tmp_path):
         save_file({"<word>": tensor}, path)
     for order in (paths, paths[::-1]):
         found = formats.read_pair(*order).for_encoders(SDXL)
-        assert found.trigger == "<word>"
+        assert found.trigger == "<word>"  # learned_embeds says nothing
         assert all(torch.equal(found.vectors[key], written[key]) for key in SDXL)
     with pytest.raises(UserError, match=r"it has <word> \(768\), the model takes clip_l \(768\), clip_g \(1280\)"):
         formats.read(paths[0]).for_encoders(SDXL)
@@ -196,16 +202,15 @@ def test_vectors_of_every_float_type_become_float32(tmp_path):
 @pytest.mark.parametrize("format", formats.FORMATS)
 def test_round_trip(format, encoders, count, tmp_path):
     word = Embedding("<word>", vectors(encoders, count), {"steps": "7", "base_model": "model"})
-    path = formats.free_path(tmp_path, "word", formats.FORMATS[format].suffix)
     if format == "concepts-library" and len(encoders) > 1:
         with pytest.raises(UserError, match="one text encoder; this embedding has"):
-            formats.write(word, path, format)
+            formats.write_new(word, tmp_path, "word", format)
         assert not list(tmp_path.iterdir())
         return
-    written = formats.write(word, path, format)
+    written = formats.write_new(word, tmp_path, "word", format)
     again = formats.read_pair(written[0], written[1]) if len(written) == 2 else formats.read(written[0])
     assert len(written) == (2 if format == "diffusers" and encoders == SDXL else 1)
-    assert again.trigger == ("word" if format == "diffusers" and "t5xxl" in encoders else "<word>")
+    assert again.trigger == ("<word>" if format == "comfyui" else "word")
     for key, tensor in again.for_encoders(encoders).vectors.items():
         assert torch.equal(tensor, word.vectors[key])
     assert sorted(tmp_path.iterdir()) == sorted(written)
@@ -217,38 +222,6 @@ def test_comfyui_file_says_where_it_comes_from(tmp_path, embedding):
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"trigger": "S*", "steps": "500", "base_model": "model.safetensors"}
     assert path.stat().st_size < 20_000
-
-
-@pytest.mark.parametrize("encoders", [SD1, SDXL], ids=["SD1", "SDXL"])
-@pytest.mark.parametrize("format", ["a1111", "png-card", "comfyui"])
-def test_a1111_reads(format, encoders, tmp_path):
-    """By the rules of its loader: string_to_param's one entry, clip_l with clip_g, or the only key."""
-
-    def decode(item):
-        return torch.tensor(item["TORCHTENSOR"]) if "TORCHTENSOR" in item else item
-
-    word = Embedding("word", vectors(encoders), {"steps": "7"})
-    (path,) = formats.write(word, tmp_path / f"word{formats.FORMATS[format].suffix}", format)
-    if path.suffix == ".png":
-        with PngImageFile(path) as image:
-            data = json.loads(base64.b64decode(image.text["sd-ti-embedding"]))
-        data = json.loads(
-            json.dumps(data),
-            object_hook=decode,
-        )
-    else:
-        data = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    if "string_to_param" in data:
-        (found,) = data["string_to_param"].values()
-        assert torch.equal(found, word.vectors["clip_l"])
-        assert len(encoders) == 1
-        assert data["name"] == "word"
-        assert data["step"] == 7
-    elif "clip_g" in data and "clip_l" in data:
-        assert all(torch.equal(data[key], word.vectors[key]) for key in encoders)
-    else:
-        (found,) = data.values()
-        assert torch.equal(found, word.vectors["clip_l"])
 
 
 def test_card_shows_the_picture(tmp_path, embedding):
@@ -298,7 +271,8 @@ def test_key_that_says_nothing_is_settled_by_the_model_or_the_usual_width(tmp_pa
     rows = vectors({key: width})
     save_file(rows, tmp_path / "word.safetensors")
     found = formats.read(tmp_path / "word.safetensors")
-    assert found.trigger == (key if key in ("<word>", "my style") else "word")
+    assert found.trigger == "word"
+    assert found.metadata.get("inner name") == (key if key in ("<word>", "my style") else None)
     assert found.unnamed == {key}
     assert torch.equal(found.for_encoders({"t5base": width}).vectors["t5base"], rows[key])
     (path,) = formats.write(found, tmp_path / "again.safetensors")
@@ -320,9 +294,6 @@ def test_two_keys_that_say_nothing(tmp_path):
     save_file({"a": torch.ones(1, 2304), "b": torch.ones(1, 3584)}, path)
     (written,) = formats.write(formats.read(path), tmp_path / "again.safetensors")
     assert formats.read(written).unnamed == {"a", "b"}
-    save_file({"a": torch.ones(1, 768), "b": torch.ones(1, 768)}, path)
-    with pytest.raises(UserError, match="two sets of vectors for clip_l"):
-        formats.write(formats.read(path), tmp_path / "w.safetensors")
     save_file({"clip_l": torch.ones(1, 768), "b": torch.ones(1, 768)}, path)
     with pytest.raises(UserError, match="two sets of vectors for clip_l"):
         formats.write(formats.read(path), tmp_path / "w.safetensors")
@@ -330,9 +301,9 @@ def test_two_keys_that_say_nothing(tmp_path):
 
 def test_encoders_of_a_newer_comfyui_can_be_named(tmp_path):
     save_file({"newest": torch.ones(1, 768)}, tmp_path / "word.safetensors")
-    assert formats.read(tmp_path / "word.safetensors").trigger == "newest"
+    assert formats.read(tmp_path / "word.safetensors").metadata == {"inner name": "newest"}
     found = formats.read(tmp_path / "word.safetensors", encoders=("clip_l", "newest"))
-    assert found.trigger == "word"
+    assert not found.metadata
     (path,) = formats.write(found, tmp_path / "again.safetensors")
     assert load_file(path).keys() == {"newest"}
 
@@ -341,12 +312,11 @@ def test_encoders_of_a_newer_comfyui_can_be_named(tmp_path):
 
 
 def test_name_that_exists_gets_a_number(tmp_path, embedding):
+    embedding = Embedding("S*", vectors(SD1))
     names = []
-    for suffix in (".safetensors", ".pt", ".safetensors"):  # embedding:word would mean either
-        path = formats.free_path(tmp_path, "word", suffix)
-        path.touch()
-        names.append(path.name)
-    assert names == ["word.safetensors", "word-2.pt", "word-3.safetensors"]
+    for format in ("comfyui", "a1111", "png-card", "comfyui", "png-card"):  # embedding:word would mean any
+        names += [path.name for path in formats.write_new(embedding, tmp_path, "word", format)]
+    assert names == ["word.safetensors", "word-2.pt", "word-3.png", "word-4.safetensors", "word-5.png"]
 
 
 def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, embedding, monkeypatch):
@@ -365,11 +335,24 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, embedding, mo
 
 
 def test_write_that_reads_back_differently_is_an_error(tmp_path, embedding, monkeypatch):
-    write_bytes = Path.write_bytes
-    monkeypatch.setattr("pathlib.Path.write_bytes", lambda path, data: write_bytes(path, data[:-4] + b"\0\0\0\0"))
-    with pytest.raises(UserError, match="could not be read back"):
-        formats.write(embedding, tmp_path / "word.safetensors")
-    assert not list(tmp_path.iterdir())
+    """A disk that changes numbers, or cuts the file: the old file stays, and what was written too, by another name."""
+    (path,) = formats.write(embedding, tmp_path / "word.safetensors")
+    before, write_bytes = path.read_bytes(), Path.write_bytes
+    for spoil, problem in (
+        (lambda data: data[:-4] + bytes(4), "other numbers"),
+        (lambda data: data[:-9], "the middle|cannot be read|incomplete"),
+    ):
+        monkeypatch.setattr("pathlib.Path.write_bytes", lambda path, data, spoil=spoil: write_bytes(path, spoil(data)))
+        with pytest.raises(UserError, match=rf"(?s)does not read back.*{problem}.*kept as word-unchecked"):
+            formats.write(embedding.scaled(2), path)
+        with pytest.raises(UserError, match="kept as word-unchecked"):
+            formats.write_new(embedding.scaled(2), tmp_path, "word")
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    kept = {file.name: file.stat().st_size for file in tmp_path.iterdir() if file != path}
+    assert len(kept) == 4
+    assert min(kept.values()) > 16_000
+    assert kept.keys() == {f"word-unchecked{end}.safetensors" for end in ("", "-2", "-3", "-4")}
 
 
 # What is no embedding ------------------------------------------------------------------------------
@@ -396,17 +379,50 @@ def test_other_files_are_refused(tmp_path, tensors, message, suffix):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xff" * 100, "cannot be read as an embedding"),
-        (b"", "cannot be read as an embedding"),
-        (b"\x80\x02" + b"\xff" * 50, "broken, or contains more than numbers"),
-        (b"PK\x03\x04" + b"\xff" * 50, "cannot be read as an embedding"),
-        (b"\x89PNG" + b"\xff" * 50, "cannot be read as an embedding"),
+        (b"\xff" * 100, "is none of safetensors, pt, bin and PNG; download or copy it again"),
+        (b"", "is empty; download or copy it again"),
+        (bytes(5000), "contains only zeros: the download broke off"),
+        (b"\x80\x02" + b"\xff" * 50, "cut or damaged"),
+        (b"PK\x03\x04" + b"\xff" * 50, "cut or damaged"),
+        (b"\x89PNG" + b"\xff" * 50, "is none of"),
+        (b"\x89PNG\r\n\x1a\n" + b"\xff" * 50, "too large for a picture|cannot be read"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 16384\n",
+            "Git LFS pointer, 130 bytes that only name the real file: download the file itself",
+        ),
+        (b"<!DOCTYPE html>\n<html><head>", "is a web page, not an embedding: download the file itself"),
+        (b"\n\n  <html lang='en'>", "is a web page"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?>", "is a web page"),
+        (b'{"error":"Invalid username or password."}', "is a JSON text"),
+        (b'{"name":{"a": 1}, "more": "and more"}', "is a JSON text"),
+        (b'[{"id": 1}]', "is a JSON text"),
+        (b"\xff\xd8\xff\xe0" + bytes(100), "is a JPEG: embeddings are read from PNG pictures only"),
+        (b"RIFF\0\0\0\0WEBPVP8 ", "is a WebP"),
+        (b"\x1f\x8b\x08" + bytes(100), "is a packed archive: unpack it"),
+        (b"7z\xbc\xaf\x27\x1c", "is a packed archive"),
     ],
 )
-def test_broken_file_is_refused(tmp_path, content, message):
-    (tmp_path / "broken").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        formats.read(tmp_path / "broken")
+def test_each_thing_that_is_no_embedding_has_its_sentence(tmp_path, content, message):
+    for name in ("broken", "broken.safetensors", "broken.pt", "broken.png"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message) as caught:
+            formats.read(tmp_path / name)
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "A1111 pixels"])
+def test_cut_files_say_so(name, tmp_path):
+    """At every tenth of the file; a picture whose text is whole is still a card."""
+    encoders, suffix, write = WRITERS[name]
+    path = tmp_path / f"word{suffix}"
+    write(path, vectors(encoders))
+    data = path.read_bytes()
+    for tenth in range(1, 10):
+        path.write_bytes(data[: len(data) * tenth // 10])
+        if suffix == ".png" and b"sd-ti-embedding" in path.read_bytes() and tenth == 9:
+            continue
+        with pytest.raises(UserError, match=r"cut|middle|damaged|cannot be read|picture"):
+            formats.read(path)
 
 
 def test_ordinary_picture_is_refused(tmp_path):
@@ -426,7 +442,10 @@ def test_every_format_has_a_name_in_the_choices():
     assert tuple(formats.FORMATS) == get_args(formats.FormatName)
 
 
-@pytest.mark.parametrize(("beginning", "length"), [(b"\x80\x02", 640), (b"\x80\x04", 1152), (b"\x80\x02", 66176)])
+@pytest.mark.parametrize(
+    ("beginning", "length"),
+    [(b"\x80\x02", 640), (b"\x80\x04", 1152), (b"\x80\x02", 66176), (b"\x80\x05", 1408), (b"\x80\x03", 896)],
+)
 def test_a_header_whose_length_looks_like_a_pickle(tmp_path, beginning, length):
     """A safetensors file begins with the length of its header; its metadata decides that length."""
     embedding = Embedding("S*", {"clip_l": torch.rand(1, 768)})
@@ -436,3 +455,347 @@ def test_a_header_whose_length_looks_like_a_pickle(tmp_path, beginning, length):
     assert path.read_bytes().startswith(beginning)
     assert int.from_bytes(path.read_bytes()[:8], "little") == length
     assert torch.equal(formats.read(path).vectors["clip_l"], embedding.vectors["clip_l"])
+
+
+# Magic numbers -------------------------------------------------------------------------------------
+
+
+def test_every_length_of_a_header(tmp_path):
+    """Two bytes of a safetensors file are the length of its header, so that they look like anything."""
+    path, rows = tmp_path / "word.safetensors", torch.rand(1, 16)
+    for length in range(1400):
+        save_file({"clip_l": rows}, path, {"note": "x" * length})
+        assert torch.equal(formats.read(path).vectors["clip_l"], rows)
+
+
+@pytest.mark.parametrize("beginning", [b"\x80\x02", b"\x80\x04", b"PK", b"\x1f\x8b", b"RI", b"7z", b"\xff\xd8", b"<\0"])
+def test_a_header_whose_length_looks_like_another_file(tmp_path, beginning):
+    wanted = int.from_bytes(beginning, "little") % 65536
+    wanted += 65536 * (wanted < 200)
+    wanted -= wanted % 8  # safetensors pads headers to eight bytes
+    bare = len(save({"clip_l": torch.ones(1, 4)}, {"note": ""})) - 8 - 16
+    path = tmp_path / "word.bin"
+    save_file({"clip_l": torch.ones(1, 4)}, path, {"note": "x" * (wanted - bare)})
+    assert formats.read(path).vectors["clip_l"].eq(1).all()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin", ".png", ".ckpt", ""])
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_name_never_decides_what_a_file_is(name, suffix, tmp_path):
+    encoders, _, write = WRITERS[name]
+    if name == "A1111 pixels" and suffix not in (".pt", ""):
+        return  # slow to write
+    written = vectors(encoders)
+    write(tmp_path / f"word{WRITERS[name][1]}", written)
+    path = (tmp_path / f"word{WRITERS[name][1]}").rename(tmp_path / f"other{suffix}")
+    found = formats.read(path).for_encoders(encoders)
+    assert all(torch.equal(found.vectors[key], written[key]) for key in encoders)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_vectors_of_eight_bits(tmp_path, dtype):
+    rows = torch.randn(3, 768).to(dtype)
+    save_file({"clip_l": rows}, tmp_path / "word.safetensors")
+    torch.save({"clip_l": rows}, tmp_path / "word.pt")
+    for name in ("word.safetensors", "word.pt"):
+        assert torch.equal(formats.read(tmp_path / name).vectors["clip_l"], rows.float())
+
+
+def pickles(rows: torch.Tensor) -> dict:
+    """Contents that are written in more ways than one."""
+    whole = torch.cat([torch.zeros(5, rows.shape[1]), rows])
+    return {
+        "a row of a table": {"*": whole[5:]},
+        "transposed": {"*": rows.t().contiguous().t()},
+        "a parameter": {"*": torch.nn.Parameter(rows)},
+        "an OrderedDict": OrderedDict({"*": rows}),
+        "a ParameterDict": torch.nn.ParameterDict({"*": rows}),
+        "the original": {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": parameter_dict({"*": rows})},
+        "a list": [{"*": rows}],
+        "notes of numpy": {"string_to_param": {"*": rows}, "step": np.int64(3), "name": "x", "size": rows.shape},
+        "a tensor alone": rows,
+        "a double": {"*": rows.double()},
+        "a bfloat16": {"*": rows.bfloat16()},
+        "shared": {"string_to_param": {"*": rows}, "copy": rows},
+    }
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", pickles(torch.ones(2, 4)))
+def test_our_reader_of_pickles_against_torch(name, is_zip, protocol, tmp_path):
+    rows = torch.rand(3, 768)
+    content = pickles(rows)[name]
+    torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=is_zip, pickle_protocol=protocol)
+    (found,) = formats.read(tmp_path / "w.pt").vectors.values()
+    content = torch.load(tmp_path / "w.pt", weights_only=False)
+    content = content[0] if isinstance(content, list) else content
+    content = content.get("string_to_param", content) if isinstance(content, dict) else content
+    expected = content if torch.is_tensor(content) else dict(content.items())["*"]
+    assert torch.equal(found, expected.detach().float())
+
+
+# A1111 ---------------------------------------------------------------------------------------------
+
+# The names that modules/safe.py of A1111 (1.10) allows in a pickle, and the members of an archive.
+A1111_NAMES = {
+    "collections": {"OrderedDict"},
+    "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_device_tensor_from_numpy"},
+    "torch": {
+        *("FloatStorage", "HalfStorage", "IntStorage", "LongStorage", "DoubleStorage", "ByteStorage"),
+        *("BFloat16Storage", "float32"),
+    },
+    "torch.nn.modules.container": {"ParameterDict"},
+}
+A1111_MEMBERS = re.compile(r"[^/]+/(data/\d+|version|data\.pkl)")
+
+
+class AsA1111Checks(pickle.Unpickler):
+    def find_class(self, module, name):
+        assert name in A1111_NAMES.get(module, ()), f"A1111 forbids {module}.{name}"
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid):
+        assert pid[0] == "storage"
+        return torch.storage.TypedStorage(_internal=True)
+
+
+def loaded_by_a1111(path: Path):
+    """Through its check of pickles, then torch.load; or its reader of pictures or of safetensors."""
+
+    def decode(item):
+        return torch.tensor(item["TORCHTENSOR"]) if "TORCHTENSOR" in item else item
+
+    if path.suffix == ".png":
+        with PngImageFile(path) as image:
+            return json.loads(base64.b64decode(image.text["sd-ti-embedding"]), object_hook=decode)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                assert A1111_MEMBERS.fullmatch(member), f"A1111 refuses {member}"
+            (pickled,) = (member for member in archive.namelist() if member.endswith("/data.pkl"))
+            AsA1111Checks(archive.open(pickled)).load()
+    else:
+        with path.open("rb") as file:
+            for _ in range(5):
+                AsA1111Checks(file).load()
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def embedding_of_a1111(data) -> dict[str, torch.Tensor]:
+    """What its create_embedding_from_data makes of a loaded file: vectors, by key where there are several."""
+    if "string_to_param" in data:
+        (vectors,) = data["string_to_param"].values()
+        return {"": vectors.detach().float()}
+    assert type(data) is dict
+    if "clip_g" in data and "clip_l" in data:
+        vectors = {key: value.detach().float() for key, value in data.items()}  # of every value
+        assert len({len(rows) for rows in vectors.values()}) == 1
+        return vectors
+    ((_, vectors),) = data.items()
+    assert type(vectors) is torch.Tensor
+    return {"": (vectors[None] if vectors.ndim == 1 else vectors).detach().float()}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("encoders", [SD1, SD2, SDXL, SD3], ids=lambda encoders: "+".join(encoders))
+@pytest.mark.parametrize("format", ["a1111", "png-card", "comfyui", "concepts-library"])
+def test_a1111_reads(format, encoders, count, tmp_path):
+    """Along its whole path, by its published rules."""
+    if format == "concepts-library" and len(encoders) > 1:
+        return
+    word = Embedding("word", vectors(encoders, count), {"steps": "7", "base_model": "model"})
+    (path,) = formats.write(word, tmp_path / f"word{formats.FORMATS[format].suffix}", format)
+    data = loaded_by_a1111(path)
+    found = embedding_of_a1111(data)
+    if len(encoders) == 1:
+        assert torch.equal(found[""], next(iter(word.vectors.values())))
+    else:
+        assert found.keys() == encoders.keys()
+        assert all(torch.equal(found[key], word.vectors[key]) for key in encoders)
+    if format in ("a1111", "png-card") and len(encoders) == 1:
+        assert (data["name"], data["step"], data["sd_checkpoint_name"]) == ("word", 7, "model")
+
+
+# Names ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "trigger"),
+    [
+        ("verybadimagenegative_v1.3.pt", "verybadimagenegative_v1.3"),
+        ("unaestheticXL_Sky3.1.safetensors", "unaestheticXL_Sky3.1"),
+        ("gasai yuno.pt", "gasai_yuno"),
+        ("embeddings.pt", "_embeddings"),
+        ("Embedding.bin", "_Embedding"),
+        ("bad(hand), v4.pt", "bad_hand___v4"),
+        ("a:b|c.pt", "a_b_c"),
+        ("S*.pt", "S*"),
+        ("猫の.pt", "猫の"),
+        ("x" * 200 + ".pt", "x" * 200),
+        ("learned_embeds.bin", "inside"),
+        ("learned_embeds-steps-500.bin", "inside"),
+    ],
+)
+def test_the_name_of_the_file_is_the_word(tmp_path, file, trigger):
+    """As in ComfyUI, A1111 and InvokeAI; what another program wrote inside is shown."""
+    torch.save({"string_to_param": {"*": torch.ones(1, 768)}, "name": "inside"}, tmp_path / file)
+    found = formats.read(tmp_path / file)
+    assert found.trigger == trigger
+    assert found.metadata == ({} if trigger == "inside" else {"inner name": "inside"})
+
+
+def test_files_of_this_pack_keep_the_word_that_was_trained(tmp_path, embedding):
+    (path,) = formats.write(embedding, tmp_path / "other.safetensors")
+    assert formats.read(path).trigger == "S*"
+    assert "inner name" not in formats.read(path).metadata
+
+
+@pytest.mark.parametrize("key", ["emb", "*", "emb_params", "text_encoders_0", "string_to_param.*"])
+def test_keys_of_other_programs_are_no_words(tmp_path, key):
+    save_file({key: torch.ones(2, 768)}, tmp_path / "word.safetensors")
+    found = formats.read(tmp_path / "word.safetensors")
+    assert (found.trigger, found.metadata) == ("word", {})
+
+
+@pytest.mark.parametrize("keys", [("emb", "emb2"), ("text_encoders_0", "text_encoders_1")])
+def test_two_encoders_by_the_keys_of_other_programs(tmp_path, keys):
+    save_file(dict(zip(keys, vectors(SDXL).values(), strict=True)), tmp_path / "word.safetensors")
+    found = formats.read(tmp_path / "word.safetensors")
+    assert found.trigger == "word"
+    assert all(torch.equal(found.for_encoders(SDXL).vectors[key], rows) for key, rows in vectors(SDXL).items())
+
+
+def words_in_one_file(kind: str, path: Path, a: torch.Tensor, b: torch.Tensor) -> None:
+    if kind == "bundle":
+        save_file({"bundle_emb.a.clip_l": a, "bundle_emb.b.clip_l": b}, path)
+    elif kind == "bundle with dots":
+        save_file({"bundle_emb.a.string_to_param.*": a, "bundle_emb.b.string_to_param.*": b}, path)
+    elif kind == "pickle":
+        torch.save({"a": a, "b": b}, path)
+    elif kind == "list":
+        torch.save([{"a": a}, {"b": b}], path)
+    else:
+        save_file({"a": a, "b": b}, path)
+
+
+@pytest.mark.parametrize("kind", ["bundle", "bundle with dots", "keys", "pickle", "list"])
+def test_one_of_several_words(kind, tmp_path):
+    a, b = torch.zeros(1, 768), torch.ones(2, 768)
+    words_in_one_file(kind, tmp_path / "words", a, b)
+    for word, rows in {"a": a, "b": b}.items():
+        found = formats.read(tmp_path / "words", word)
+        assert found.trigger == word
+        assert torch.equal(found.for_encoders(SD1).vectors["clip_l"], rows)
+    for word in ("", "c"):
+        with pytest.raises(UserError, match="contains the embeddings a, b: choose one"):
+            formats.read(tmp_path / "words", word)
+
+
+@pytest.mark.parametrize("word", ["v1.3", "my.word", "<s0>"])
+def test_bundled_words_with_dots(word, tmp_path):
+    keys = {f"bundle_emb.{word}.{key}": rows for key, rows in vectors(SDXL).items()}
+    save_file(keys, tmp_path / "lora.safetensors")
+    assert formats.read(tmp_path / "lora.safetensors", word).trigger == word
+    assert formats.read(tmp_path / "lora.safetensors").vectors.keys() == SDXL.keys()
+
+
+def test_messages_name_five_things_at_most(tmp_path):
+    many = {f"bundle_emb.word{number:03}.clip_l": torch.ones(1, 8) for number in range(200)}
+    save_file(many, tmp_path / "many.safetensors")
+    with pytest.raises(UserError, match=r"word000, .*, word004 and 195 more: choose one") as caught:
+        formats.read(tmp_path / "many.safetensors")
+    assert len(str(caught.value)) < 200
+    save_file({"x" * 100_000: torch.ones(1, 768)}, tmp_path / "long.safetensors")
+    with pytest.raises(UserError, match="it has a key of 100000 characters"):
+        formats.read(tmp_path / "long.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("my_v1.3", "my_v1.3"),
+        ("styles/cat", "styles/cat"),
+        ("styles\\cat", "styles/cat"),
+        ("cat.safetensors", "cat"),
+        ("a.pt", "a"),
+        ("हिन्दी", "हिन्दी"),
+        ("ไทย", "ไทย"),
+        ("e\u0301te\u0301", "été"),
+        ("猫" * 75, "猫" * 75),
+        ("gasai yuno", "gasai_yuno"),
+        ("v1.", "v1"),
+    ],
+)
+def test_file_names_in_any_script(name, expected, tmp_path, embedding):
+    assert formats.file_name(name) == expected
+    (path,) = formats.write_new(embedding, tmp_path, formats.file_name(name))
+    (other,) = formats.write_new(embedding, tmp_path, formats.file_name(name))
+    assert path == tmp_path / f"{expected}.safetensors"
+    assert other == tmp_path / f"{expected}-2.safetensors"
+
+
+# Saving --------------------------------------------------------------------------------------------
+
+
+def test_no_name_is_lost_when_four_processes_save_at_once(tmp_path):
+    code = (
+        "import sys, torch; from pathlib import Path; from textual_inversion import Embedding, formats\n"
+        "for n in range(30):\n"
+        "    value = float(int(sys.argv[2]) * 30 + n)\n"
+        "    formats.write_new(Embedding('S*', {'clip_l': torch.full((1, 8), value)}), Path(sys.argv[1]), 'word')\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path, str(n)], cwd=ROOT) for n in range(4)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 4
+    values = {formats.read(path).vectors["clip_l"][0, 0].item() for path in tmp_path.iterdir()}
+    assert values == set(map(float, range(120)))
+    assert len(list(tmp_path.iterdir())) == 120
+
+
+def test_second_file_of_a_pair_replaces_no_other(tmp_path, embedding):
+    (other,) = formats.write(embedding.scaled(3), tmp_path / "pair_2.safetensors")
+    before = other.read_bytes()
+    with pytest.raises(UserError, match=r"pair_2\.safetensors is another embedding"):
+        formats.write(embedding, tmp_path / "pair.safetensors", "diffusers")
+    assert [file.name for file in tmp_path.iterdir()] == ["pair_2.safetensors"]
+    names = [path.name for path in formats.write_new(embedding, tmp_path, "pair", "diffusers")]
+    assert names == ["pair-2.safetensors", "pair-2_2.safetensors"]
+    assert other.read_bytes() == before
+    again = formats.write(embedding.scaled(2), tmp_path / "pair-2.safetensors", "diffusers")
+    assert [path.name for path in again] == names
+    first, second = again
+    assert torch.equal(
+        formats.read_pair(first, second).for_encoders(SDXL).vectors["clip_g"], 2 * embedding.vectors["clip_g"]
+    )
+
+
+@pytest.mark.parametrize("trigger", ["bundle_emb.a.clip_l", "cat_out", "t5", "emb", "clip_l", "S*", "../up"])
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_no_word_keeps_vectors_from_being_saved(tmp_path, format, trigger):
+    """Vectors are compared when a file is read back, not keys."""
+    word = Embedding(trigger, vectors(SD1))
+    (path,) = formats.write_new(word, tmp_path, "word", format)
+    (rows,) = formats.read(path).vectors.values()
+    assert torch.equal(rows, word.vectors["clip_l"])
+
+
+def test_a_disk_that_fails_leaves_no_claimed_name(tmp_path, embedding, monkeypatch):
+    def full_disk(self, target):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        formats.write_new(embedding, tmp_path, "word", "diffusers")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_can_be_made_can_be_saved(tmp_path):
+    """512 vectors of T5 on a card; what is too much for one is told before anything is written."""
+    word = Embedding("w", {"t5xxl": torch.randn(512, 4096)})
+    (path,) = formats.write_new(word, tmp_path, "word", "png-card")
+    assert torch.equal(formats.read(path).vectors["*"], word.vectors["t5xxl"])
+    with pytest.raises(UserError, match="choose the format comfyui, or take fewer vectors"):
+        formats.write_new(Embedding("w", {"t5xxl": torch.zeros(513, 4096)}), tmp_path, "more", "png-card")
+    assert list(tmp_path.iterdir()) == [path]

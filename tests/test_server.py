@@ -249,7 +249,8 @@ def test_formats_of_other_tools(server):
     graph["pair"] = node("TI_SaveEmbedding", embedding=["train", 0], **pair)
     run = server.run(graph)
     assert run.history["outputs"]["save"]["text"] == ["card.png"]
-    assert run.history["outputs"]["pair"]["text"] == ["pair.safetensors and pair_2.safetensors"]
+    (text,) = run.history["outputs"]["pair"]["text"]
+    assert text == "pair.safetensors and pair_2.safetensors. In diffusers, write <s*> in prompts."
     for file in ({"file": "card.png"}, {"file": "pair_2.safetensors", "partner": "pair.safetensors"}):
         graph = ordinary_graph("SmallSDXL", "a photo of S* in the snow")
         graph["file"] = node("TI_LoadEmbedding", **file)

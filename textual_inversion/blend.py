@@ -7,10 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .containers import MAX_NUMBERS, MAX_VECTORS
 from .embedding import Embedding, with_guessed_encoders
 from .errors import UserError
 
 _RANGE = re.compile(r"(-?)(\d+)(?:-(\d+))?")
+MAX_HISTORY = 500  # characters of what is told about each of the two
 _OPPOSITE = 1e-6  # unit vectors whose sum is shorter count as opposite: float32 has no unique rotation between them
 
 
@@ -81,6 +83,7 @@ def blend(a: Embedding, b: Embedding, mode: str, weight: float) -> Embedding:
             f"({b.trigger!r}) has {b.count}: use join, or drop vectors of one with another Blend Embeddings node."
         )
     vectors = {key: MODES[mode](rows, b.vectors[key], weight) for key, rows in a.vectors.items()}
+    _check_count(vectors)
     agreed = {key: value for key, value in a.metadata.items() if b.metadata.get(key) == value}
     how = "" if mode == "join" else f", weight {weight:g}"
     return _with_history(
@@ -92,6 +95,7 @@ def blend(a: Embedding, b: Embedding, mode: str, weight: float) -> Embedding:
 def take(embedding: Embedding, numbers: str) -> Embedding:
     """Keeps the vectors that ``numbers`` selects (see ``parse_vector_numbers``), for every text encoder."""
     vectors = {key: rows[parse_vector_numbers(numbers, len(rows))] for key, rows in embedding.vectors.items()}
+    _check_count(vectors)
     return _with_history(replace(embedding, vectors=vectors), f"vectors {numbers.strip()} of {_history(embedding)}")
 
 
@@ -115,6 +119,8 @@ def parse_vector_numbers(numbers: str, count: int) -> list[int]:
             dropped |= set(rows)
         else:
             taken += rows
+        if len(taken) > MAX_VECTORS:
+            raise UserError(f"vectors: {numbers[:40]!r} names more than {MAX_VECTORS} vectors: name fewer.")
     only_drops = all(part.lstrip().startswith("-") for part in numbers.split(","))
     left = [row for row in (range(count) if only_drops else taken) if row not in dropped]
     if not left:
@@ -142,5 +148,15 @@ def _with_history(embedding: Embedding, what: str) -> Embedding:
 
 
 def _history(embedding: Embedding) -> str:
-    """How the embedding was blended, or its trigger word if it was not."""
-    return f"({embedding.metadata['blend']})" if "blend" in embedding.metadata else embedding.trigger
+    """How the embedding was blended, or its trigger word if it was not. A long history ends in dots."""
+    if "blend" not in embedding.metadata:
+        return embedding.trigger
+    history = embedding.metadata["blend"]
+    return f"({history if len(history) <= MAX_HISTORY else f'{history[:MAX_HISTORY]} ...'})"
+
+
+def _check_count(vectors: dict[str, Tensor]) -> None:
+    """Raises UserError for more vectors than files may have: what can be made can be saved."""
+    count, numbers = max(map(len, vectors.values())), sum(rows.numel() for rows in vectors.values())
+    if count > MAX_VECTORS or numbers > MAX_NUMBERS:
+        raise UserError(f"The result would have {count} vectors, more than a file may hold: join or take fewer.")

@@ -1,6 +1,7 @@
 """The engine on the command line, with a diffusers pipeline: ``python -m textual_inversion --help``."""
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Generator
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from types import FrameType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
@@ -17,7 +18,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import formats, inspection
-from .adapters.diffusers_pipeline import DiffusersModel
 from .adapters.protocol import TrainableModel
 from .config import TrainConfig
 from .dataset import GRID, Dataset, make_dataset
@@ -32,6 +32,9 @@ from .prompts import check_trigger, place_trigger
 from .report import learned_embedding, more_steps, report
 from .training import Step, check_prompts, earliest_end, train
 from .vocabulary import initial_embedding
+
+if TYPE_CHECKING:
+    from .adapters.diffusers_pipeline import DiffusersModel
 
 app = tyro.extras.SubcommandApp()
 TriggerOption = Annotated[str, tyro.conf.arg(aliases=("--word",))]
@@ -56,7 +59,9 @@ class Pipeline:
     """Precision of the model; the vectors are always float32. automatic: bfloat16 on a card that computes in it,
     float16 on an older one, float32 elsewhere."""
 
-    def load(self, gradient_checkpointing: bool = False) -> DiffusersModel:
+    def load(self, gradient_checkpointing: bool = False) -> "DiffusersModel":
+        from .adapters.diffusers_pipeline import DiffusersModel  # seconds, and only drawing and training need it
+
         device = usable_device(self.device)
         dtype = fastest_dtype(device) if self.dtype == "automatic" else getattr(torch, self.dtype)
         return DiffusersModel.load(self.model, self.config, dtype, device, gradient_checkpointing)
@@ -93,53 +98,44 @@ def train_command(
     """
     check_trigger(settings.trigger)
     check_settings(settings)
-    target = _target(output, settings.trigger, format)
+    folder, name = _target(output, settings.trigger)
     pictures, masks, captions = load_folder(images, 0)
     model = pipeline.load(settings.gradient_checkpointing)
     dataset = make_dataset(model.encode_images, pictures, masks, captions, settings)
     with model.training() as trainable:
         start = initial_embedding(trainable.vocabularies(), settings.trigger, settings.initializer, settings.vectors)
         check_prompts(trainable, start, dataset, settings)
-        _check_writable(start, target, format)
+        _check_writable(start, folder, name, format)
         config = _with_initializer(trainable, dataset, settings)
         start = initial_embedding(trainable.vocabularies(), config.trigger, config.initializer, config.vectors)
         with StopSignals() as stop:
             step, ended = _follow(train(trainable, start.trainable(), dataset, config), config, stop)
-        for path in _keep(learned_embedding(step, config, pipeline.model.name), target, format):
-            print(path)
+        learned = learned_embedding(step, config, pipeline.model.name)
+        _print_files(_keep(learned, folder, name, format), learned, format)
         _say(report(trainable, dataset, config, start, step, repr(config.initializer), ended))
     if stop.code:
         sys.exit(stop.code)
 
 
-def _target(output: Path | None, trigger: str, format: FormatName) -> Path:
-    """The file to write, which is not there yet."""
-    if output is None or output.is_dir():
-        folder, name = output or Path(), trigger
-    else:
-        folder, name = output.parent, output.stem
-    return formats.free_path(folder, formats.file_name(name), formats.FORMATS[format].suffix)
-
-
-def _check_writable(start: Embedding, target: Path, format: FormatName) -> None:
-    """Writes the initial vectors beside ``target`` and removes them: a format or a folder that fails does so now."""
+def _check_writable(start: Embedding, folder: Path, name: str, format: FormatName) -> None:
+    """Writes the initial vectors in ``folder`` and removes them: a format or a folder that fails does so now."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target.parent) as folder:
-            formats.write(start, Path(folder) / target.name, format)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as temporary:
+            formats.write_new(start, Path(temporary), name, format)
     except OSError as error:
-        raise UserError(f"{target.parent} cannot be written to ({error.strerror}): choose another --output.") from error
+        raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another --output.") from error
 
 
-def _keep(embedding: Embedding, target: Path, format: FormatName) -> list[Path]:
-    """Writes the result to ``target``, or where that fails now to the next folder that takes it."""
-    folders = [target.parent, Path(), Path(gettempdir())]
-    for folder in folders:
+def _keep(embedding: Embedding, folder: Path, name: str, format: FormatName) -> list[Path]:
+    """Writes the result to ``folder``, or where that fails now to the next one that takes it."""
+    folders = [folder, Path(), Path(gettempdir())]
+    for number, place in enumerate(folders, 1):
         try:
-            return formats.write(embedding, formats.free_path(folder, target.stem, target.suffix), format)
+            return formats.write_new(embedding, place, name, format)
         except OSError as error:
-            _say(f"{folder.resolve()} cannot be written to ({error.strerror}).")
-            if folder is folders[-1]:
+            _say(f"{place.resolve()} cannot be written to ({error.strerror}).")
+            if number == len(folders):
                 raise
     raise AssertionError("the last folder returns or raises")
 
@@ -232,11 +228,9 @@ def convert(
         picture: The picture of a PNG card.
     """
     embedding = _read(file, partner, trigger)
-    target = output or file
-    path = formats.free_path(target.parent, target.stem, formats.FORMATS[to].suffix)
+    folder, name = _target(output or file, file.name)
     shown = Image.open(picture).convert("RGB") if picture else None
-    for written in formats.write(embedding, path, to, shown):
-        print(written)
+    _print_files(formats.write_new(embedding, folder, name, to, shown), embedding, to)
 
 
 @app.command
@@ -271,6 +265,23 @@ def generate(
     print(output)
 
 
+def _target(output: Path | None, name: str) -> tuple[Path, str]:
+    """Folder and name of a new file: ``name`` where ``output`` is a folder or not given.
+
+    Raises UserError for a name that ComfyUI's embedding:NAME could not have.
+    """
+    if output is None or output.is_dir():
+        return output or Path(), formats.file_name(name)
+    return output.parent, formats.file_name(output.name)
+
+
+def _print_files(files: list[Path], embedding: Embedding, format: FormatName) -> None:
+    for path in files:
+        print(path)
+    if hint := formats.prompt_hint(embedding, format):
+        _say(hint)
+
+
 def _read(file: Path, partner: Path | None, trigger: str) -> Embedding:
     return formats.read_pair(file, partner) if partner else formats.read(file, trigger)
 
@@ -286,6 +297,9 @@ def main() -> None:
     logger.addHandler(logging.StreamHandler())
     try:
         app.cli(prog="textual_inversion", description="Teach an image model a new word from a few pictures.")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, TrainingError, OSError) as error:
         _say(f"error: {error}")
         sys.exit(1)

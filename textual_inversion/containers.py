@@ -3,13 +3,10 @@
 import base64
 import io
 import json
-import pickle
-import warnings
-import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,18 +14,36 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, listed
+from .pickles import PickleError, View, read_archive, read_legacy
 
 # Limits far above those of any prompt and text encoder: anything larger is not an embedding.
 MAX_VECTORS = 1024
 MAX_WIDTH = 32_768
 MAX_TENSORS = 16
+MAX_WORDS = 256  # tensors of the words that are bundled in a LoRA file
+MAX_NUMBERS = 8 * 2**20  # of all vectors together: 2,048 vectors of T5
 MAX_BYTES = 64 * 2**20  # for files that are read as a whole; safetensors are read tensor by tensor
-MAX_JSON = 8 * 2**20
-MAX_PIXELS = 32 * 2**20
+MAX_HEADER = 4 * 2**20  # of safetensors, with all metadata
+MAX_KEY = 256  # characters
+MAX_NOTE = 1000  # characters
+MAX_JSON = 32 * 2**20
+MAX_JSON_NUMBERS = 2 * 2**20
+MAX_JSON_LISTS = 20_000
+MAX_CHUNKS = 20_000  # of a PNG
+MAX_PIXELS = 8 * 2**20  # of a picture with an embedding in its pixels
 
+FLOATS = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 PNG_TEXT = "sd-ti-embedding"
 BUNDLE = "bundle_emb."  # prefix of an embedding in a LoRA file: bundle_emb.TRIGGER.KEY
+INNER_NAME = "inner name"  # metadata key: what another program called the word inside the file
 
 
 # Tensors by key, and metadata.
@@ -36,103 +51,175 @@ Content = tuple[dict[str, Tensor], dict[str, str]]
 
 
 def open_file(path: Path) -> Content:
-    """The tensors of a file by key, at most ``MAX_TENSORS``, and its metadata. The type is detected by content.
+    """The tensors of a file by key and its metadata. The type is detected by content, never by the name.
 
     Of a LoRA file only the embeddings bundled in it.
 
     Raises UserError if the file cannot be read, contains something else, or is too large.
     """
     try:
-        return _opener(path)(path)
+        with path.open("rb") as file:
+            start = file.read(256)
+        return _opener(path, start)(path)
     except UserError:
         raise
+    except PickleError as error:
+        raise UserError(f"{path.name} was not opened: {error}") from error
     except Exception as error:  # the libraries raise many kinds of errors for broken files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path.name} cannot be read as an embedding: {reason}") from error
+        raise UserError(f"{path.name} cannot be read as an embedding: {reason[:300]}") from error
 
 
-def _opener(path: Path) -> Callable[[Path], Content]:
-    """What opens a file, by its first bytes."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    # A safetensors file begins with the length of its header, and 640 or 1152 look like the start of a pickle.
-    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8:
+def _opener(path: Path, start: bytes) -> Callable[[Path], Content]:
+    """What opens a file, by its first bytes. Raises UserError for what is known not to be an embedding."""
+    # A safetensors file begins with the length of its header: 640 and 1152 look like a pickle, 18512 like a zip.
+    if start[5:9] == b"\0\0\0{":
         return _open_safetensors
     for magic, opener in _CONTAINERS.items():
         if start.startswith(magic):
             return opener
-    return _open_safetensors
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for beginning, what in _OTHERS.items():
+        if text.startswith(beginning) or start.startswith(beginning):
+            size = path.stat().st_size
+            raise UserError(f"{path.name} {what.format(size=f'{size:,} bytes' if size != 1 else '1 byte')}.")
+    if not start.strip(b"\0"):
+        what = "contains only zeros: the download broke off" if start else "is empty"
+        raise UserError(f"{path.name} {what}; download or copy it again.")
+    raise UserError(
+        f"{path.name} is not an embedding, or is cut: it is none of safetensors, pt, bin and PNG; "
+        "download or copy it again."
+    )
 
 
 def check_shape(key: str, shape: tuple[int, ...], is_float: bool, path: Path) -> None:
     """Raises UserError unless this is a vector or a matrix of floats within the limits."""
     rows = shape[0] if len(shape) == 2 else 1
     fits = len(shape) in (1, 2) and 0 < rows <= MAX_VECTORS and 0 < shape[-1] <= MAX_WIDTH
+    if len(key) > MAX_KEY:
+        raise UserError(f"{path.name} is not an embedding: it has a key of {len(key)} characters.")
     if not (fits and is_float):
-        raise UserError(f"{path.name} is not an embedding: {key or 'it'} has shape {shape}.")
+        raise UserError(f"{path.name} is not an embedding: {key or 'it'} has shape {shape[:8]}.")
 
 
-class _Parameters:
-    """Replaces torch.nn.ParameterDict while unpickling; the first embeddings were saved in one."""
+def _check_count(numbers: int, path: Path) -> None:
+    if numbers > MAX_NUMBERS:
+        raise UserError(f"{path.name} is too large for an embedding: it has {numbers:,} numbers.")
 
 
-def _check_size(path: Path) -> None:
+def _read_whole(path: Path) -> bytes:
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path.name} is too large for an embedding.")
+    return path.read_bytes()
+
+
+# safetensors -------------------------------------------------------------------------------------
 
 
 def _open_safetensors(path: Path) -> Content:
+    with path.open("rb") as file:
+        header, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+    if header > size - 8:
+        raise UserError(f"{path.name} ends in the middle, after {size:,} bytes: download or copy it again.")
+    if header > MAX_HEADER:
+        raise UserError(f"{path.name} is not an embedding: its header has {header:,} bytes.")
     with safe_open(path, framework="pt") as file:
         keys = list(file.keys())
-        keys = [key for key in keys if key.startswith(BUNDLE)] or keys
-        if len(keys) > MAX_TENSORS and not keys[0].startswith(BUNDLE):
-            raise UserError(f"{path.name} is not an embedding: it contains {len(keys)} tensors, such as {keys[0]}.")
+        bundled = [key for key in keys if key.startswith(BUNDLE)]
+        keys = bundled or keys
+        if len(keys) > (MAX_WORDS if bundled else MAX_TENSORS):
+            raise UserError(f"{path.name} is not an embedding: it contains {len(keys)} tensors, {listed(keys)}.")
+        numbers = 0
         for key in keys:  # check before loading anything
             described = file.get_slice(key)
-            check_shape(key, tuple(described.get_shape()), described.get_dtype() in ("F16", "BF16", "F32", "F64"), path)
+            shape = described.get_shape()
+            check_shape(key, tuple(shape), described.get_dtype() in FLOATS, path)
+            numbers += int(np.prod(shape))
+        _check_count(numbers, path)
         return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
 
 
-def _open_pickle(path: Path) -> Content:
-    """torch.load with weights_only runs no code; with mmap it cannot read beyond the end of the file."""
-    _check_size(path)
-    is_zip = zipfile.is_zipfile(path)
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
-                    raise UserError(f"{path.name} was not opened: it is compressed, and embeddings never are.")
-                if ".." in Path(entry.filename).parts or entry.filename.startswith(("/", "\\")):
-                    raise UserError(f"{path.name} was not opened: it contains the path {entry.filename!r}.")
-    stand_in: Any = (_Parameters, "torch.nn.modules.container.ParameterDict")
-    with torch.serialization.safe_globals([stand_in]):
-        source = str(path) if is_zip else io.BytesIO(path.read_bytes())
-        try:
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
-        except pickle.UnpicklingError as error:
-            raise UserError(f"{path.name} was not opened: it is broken, or contains more than numbers.") from error
-    return _unwrap(content, path)
+# Pickles -----------------------------------------------------------------------------------------
+
+
+def _open_archive(path: Path) -> Content:
+    return _unwrap(read_archive(_read_whole(path)), path)
+
+
+def _open_legacy(path: Path) -> Content:
+    return _unwrap(read_legacy(_read_whole(path)), path)
+
+
+# PNG ---------------------------------------------------------------------------------------------
 
 
 def _open_png(path: Path) -> Content:
     """A1111's pictures with an embedding in a text chunk, or else in the pixels."""
-    _check_size(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=["PNG"]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{path.name} is too large for a picture with an embedding.")
-            text = getattr(image, "text", {}).get(PNG_TEXT)
-            data = base64.b64decode(text) if text else _hidden_in_pixels(np.asarray(image.convert("RGB")))
+    text = card_text(path)
+    if text is not None and len(text) > 2 * MAX_JSON:
+        raise UserError(f"{path.name} is too large for an embedding.")
+    data = _hidden_in_pixels(_pixels(path)) if text is None else base64.b64decode(text)
     if data is None:
         raise UserError(f"{path.name} is a picture without an embedding.")
-    if len(data) > MAX_JSON:
+    lists, numbers = data.count(b"[") + data.count(b"{"), data.count(b",")
+    if len(data) > MAX_JSON or numbers > MAX_JSON_NUMBERS + 100 or lists > MAX_JSON_LISTS:
         raise UserError(f"{path.name} is too large for an embedding.")
 
     def tensor(item: dict) -> Any:
         return torch.tensor(item["TORCHTENSOR"], dtype=torch.float64) if "TORCHTENSOR" in item else item
 
     return _unwrap(json.loads(data, object_hook=tensor), path)
+
+
+def card_text(path: Path) -> bytes | None:
+    """A1111's text chunk of a PNG, None where it has none. The picture itself, or its many frames, is not read.
+
+    Raises UserError for a broken chunk, or one that unpacks to far more than an embedding.
+    """
+    with path.open("rb") as file:
+        for kind, length in _chunks(file, path):
+            if kind not in (b"tEXt", b"zTXt", b"iTXt"):
+                file.seek(length + 4, io.SEEK_CUR)
+                continue
+            if length > 2 * MAX_JSON:
+                raise UserError(f"{path.name} is too large for an embedding.")
+            data, checksum = file.read(length), file.read(4)
+            keyword, _, rest = data.partition(b"\0")
+            if keyword != PNG_TEXT.encode():
+                continue
+            if zlib.crc32(kind + data) != int.from_bytes(checksum, "big"):
+                raise UserError(f"{path.name} is damaged, and its embedding with it: download or copy it again.")
+            packed = kind == b"zTXt" or (kind == b"iTXt" and rest[:1] == b"\1")
+            if kind == b"iTXt":  # two bytes about compression, then a language and a translated keyword
+                rest = rest[2:].split(b"\0", 2)[-1]
+            return _unpacked(rest[1:] if kind == b"zTXt" else rest, 2 * MAX_JSON) if packed else rest
+    return None
+
+
+def _chunks(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
+    """Kind and length of each chunk of a PNG; the file is at its data. The caller moves behind its checksum."""
+    file.seek(8)
+    for _ in range(MAX_CHUNKS):
+        head = file.read(8)
+        if len(head) < 8 or head[4:] == b"IEND":
+            return
+        yield head[4:], int.from_bytes(head[:4], "big")
+    raise UserError(f"{path.name} is no ordinary PNG: it has more than {MAX_CHUNKS:,} parts.")
+
+
+def _unpacked(data: bytes, limit: int) -> bytes:
+    """zlib's bytes, at most one more than ``limit``."""
+    return zlib.decompressobj().decompress(data, limit + 1)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    """(H, W, 3) bytes of a PNG that is small enough."""
+    with path.open("rb") as file:
+        width, height = np.frombuffer(file.read(24)[16:], ">u4").tolist()
+    if width * height > MAX_PIXELS or path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path.name} is too large for a picture with an embedding: {width} x {height} pixels.")
+    with Image.open(path, formats=["PNG"]) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def _hidden_in_pixels(pixels: np.ndarray) -> bytes | None:
@@ -146,7 +233,7 @@ def _hidden_in_pixels(pixels: np.ndarray) -> bytes | None:
     if len(rows) == 0:
         return None
     low_bits = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] & 0x0F
-    black = np.flatnonzero(low_bits.sum((0, 2)) == 0)
+    black = np.flatnonzero(~low_bits.any(axis=(0, 2)))
     if len(black) < 2:
         return None
     left, right = low_bits[:, : black[0]], low_bits[:, black[-1] + 1 :]
@@ -154,42 +241,83 @@ def _hidden_in_pixels(pixels: np.ndarray) -> bytes | None:
         return None
     mask = _scramble(left.size).reshape(left.shape)
     try:
-        return zlib.decompressobj().decompress((((right ^ mask) << 4) | (left ^ mask)).tobytes(), MAX_JSON + 1)
+        return _unpacked((((right ^ mask) << 4) | (left ^ mask)).tobytes(), MAX_JSON)
     except zlib.error:
         return None
 
 
 def _scramble(count: int) -> np.ndarray:
     """The mask of A1111's hidden data: 4 bits of each number of the generator from Numerical Recipes."""
-    numbers, state = np.empty(count, np.uint8), 0
-    for index in range(count):
-        state = (1664525 * state + 1013904223) % 2**32
-        numbers[index] = state % 255 & 0x0F
-    return numbers
+    factor, step = 1664525, 1013904223  # of the next number; of the k-th next one after each round
+    numbers = np.array([step], np.uint32)
+    while len(numbers) < count:
+        numbers = np.concatenate([numbers, numbers * np.uint32(factor) + np.uint32(step)])
+        factor, step = factor * factor % 2**32, (factor * step + step) % 2**32
+    return (numbers[:count] % 255 & 0x0F).astype(np.uint8)
+
+
+# Dictionaries ------------------------------------------------------------------------------------
 
 
 def _unwrap(content: Any, path: Path) -> Content:
     """The tensors of a pickled or JSON dictionary, and A1111's metadata."""
-    if isinstance(content, Tensor):
-        return {"": content}, {}
+    if isinstance(content, list):  # of dictionaries: ComfyUI reads those too
+        content = _joined(content)
+    if isinstance(content, View | Tensor):
+        content = {"": content}
     if not isinstance(content, Mapping):
         raise UserError(f"{path.name} is not an embedding: it contains a {type(content).__name__}.")
-    notes = {"name": "trigger", "step": "steps", "sd_checkpoint_name": "base_model"}
-    metadata = {ours: str(content[theirs]) for theirs, ours in notes.items() if content.get(theirs) is not None}
     vectors = content.get("string_to_param", content)
-    if isinstance(vectors, _Parameters):
-        vectors = vars(vectors).get("_parameters")
     if not isinstance(vectors, Mapping):
-        raise UserError(f"{path.name} is not an embedding: it contains {', '.join(map(str, content))}.")
-    tensors = {str(key): value for key, value in vectors.items() if isinstance(value, Tensor)}
-    if not 0 < len(tensors) <= MAX_TENSORS:
-        raise UserError(f"{path.name} is not an embedding: it contains {len(tensors)} tensors.")
-    return tensors, metadata
+        raise UserError(f"{path.name} is not an embedding: it contains {listed(map(str, content))}.")
+    found = {str(key): value for key, value in vectors.items() if isinstance(value, View | Tensor)}
+    if not 0 < len(found) <= MAX_TENSORS:
+        raise UserError(f"{path.name} is not an embedding: it contains {len(found)} tensors.")
+    for key, value in found.items():
+        check_shape(key, tuple(value.shape), value.dtype in FLOATS.values(), path)
+    _check_count(sum(int(np.prod(value.shape)) for value in found.values()), path)
+    tensors = {key: value.tensor() if isinstance(value, View) else value for key, value in found.items()}
+    return tensors, _notes(content)
+
+
+def _joined(content: list) -> dict[str, Any]:
+    """The tensors of a list of dictionaries, by key and, from the second dictionary on, a number."""
+    found = {}
+    for number, part in enumerate(content):
+        for key, value in part.items() if isinstance(part, dict) else ():
+            found[str(key) if key not in found else f"{key} {number + 1}"] = value
+    return found
+
+
+def _notes(content: Mapping) -> dict[str, str]:
+    """What A1111 notes beside the vectors. Only short texts and numbers: anything may stand there."""
+    names = {"name": INNER_NAME, "step": "steps", "sd_checkpoint_name": "base_model"}
+    found = {}
+    for theirs, ours in names.items():
+        value = content.get(theirs)
+        if (isinstance(value, str) and 0 < len(value) <= MAX_NOTE) or (
+            isinstance(value, int | float) and abs(value) < 2**63
+        ):
+            found[ours] = str(value)
+    return found
 
 
 _CONTAINERS: dict[bytes, Callable[[Path], Content]] = {
-    b"\x89PNG": _open_png,
-    b"PK\x03\x04": _open_pickle,
-    b"\x80\x02": _open_pickle,
-    b"\x80\x04": _open_pickle,
+    b"\x89PNG\r\n\x1a\n": _open_png,
+    b"PK\x03\x04": _open_archive,
+    b"\x80": _open_legacy,
+}
+_PICTURE = "is a {}: embeddings are read from PNG pictures only, and saving one as {} removes what is in it"
+_PACKED = "is a packed archive: unpack it and use the file inside"
+# How files begin that people download or rename by mistake.
+_OTHERS = {
+    b"version https://git-lfs": "is a Git LFS pointer, {size} that only name the real file: download the file itself",
+    b"<": "is a web page, not an embedding: download the file itself (some sites want you to log in first)",
+    b"{": "is a JSON text, not an embedding: download the file itself",
+    b"[": "is a JSON text, not an embedding: download the file itself",
+    b"\xff\xd8\xff": _PICTURE.format("JPEG", "JPEG"),
+    b"RIFF": _PICTURE.format("WebP", "WebP"),
+    b"\x1f\x8b": _PACKED,
+    b"7z\xbc\xaf": _PACKED,
+    b"Rar!": _PACKED,
 }

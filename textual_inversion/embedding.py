@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, listed
 
 # ComfyUI's names of text encoders, which are the keys of its embedding files. The adapter for ComfyUI finds out
 # what the running one has; this is what 0.30.0 has, which a test compares.
@@ -83,11 +83,11 @@ class Embedding:
         """A copy on the CPU, cut from every graph."""
         return self.mapped(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
 
-    def for_encoders(self, encoders: dict[str, int]) -> "Embedding":
+    def for_encoders(self, encoders: dict[str, int], complete: bool = True) -> "Embedding":
         """The vectors by the keys of these encoders, ``{"clip_l": 768}``: found by key, then by width.
 
         Matching by width applies only to unnamed keys, and only if it is unambiguous.
-        Raises UserError, naming both sides, if an encoder would get no vectors.
+        Raises UserError, naming both sides, if an encoder would get no vectors; unless ``complete``, if all would.
         """
         found = {}
         for key, width in encoders.items():
@@ -96,14 +96,28 @@ class Embedding:
                 choice = of_this_width[0]
             else:
                 choice = key
-            if choice not in self.vectors or self.vectors[choice].shape[-1] != width:
-                ours = {name: tensor.shape[-1] for name, tensor in self.vectors.items()}
-                raise UserError(
-                    f"The embedding {self.trigger!r} is made for another model: it has {_list(ours)}, "
-                    f"the model takes {_list(encoders)}."
-                )
-            found[key] = self.vectors[choice]
+            if choice in self.vectors and self.vectors[choice].shape[-1] == width:
+                found[key] = self.vectors[choice]
+        if not found or (complete and len(found) < len(encoders)):
+            ours = {name: tensor.shape[-1] for name, tensor in self.vectors.items()}
+            raise UserError(
+                f"The embedding {self.trigger!r} is made for another model: it has {_list(ours)}, "
+                f"the model takes {_list(encoders)}."
+            )
         return replace(self, vectors=found, unnamed=frozenset())
+
+    def partly(self, encoders: dict[str, int]) -> str:
+        """One line for people where encoders get no vectors, or vectors no encoder; empty where all fit.
+
+        Raises UserError where nothing fits.
+        """
+        used = self.for_encoders(encoders, complete=False).vectors
+        without = [key for key in encoders if key not in used]
+        unused = [key or "vectors" for key, rows in self.vectors.items() if all(rows is not r for r in used.values())]
+        parts = [f"{listed(without)} of the model reads the word as text" if without else ""]
+        parts.append(f"the vectors for {listed(unused)} are not used" if unused else "")
+        said = " and ".join(filter(None, parts))
+        return f"{self.trigger} works in {listed(used)} only: {said}." if said else ""
 
     def scaled(self, strength: float) -> "Embedding":
         return self.mapped(lambda tensor: tensor * strength)
@@ -113,7 +127,7 @@ class Embedding:
 
     def describe(self) -> str:
         """For people: ``1 vector, clip_l 768 and clip_g 1280``."""
-        widths = " and ".join(f"{key} {t.shape[-1]}" for key, t in self.vectors.items())
+        widths = " and ".join(f"{key[:60]} {t.shape[-1]}" for key, t in self.vectors.items())
         return f"{self.count} vector{'s' if self.count > 1 else ''}, {widths}"
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Embedding":
@@ -132,9 +146,7 @@ def with_guessed_encoders(embedding: Embedding) -> Embedding:
     for key, tensor in embedding.vectors.items():
         name = usual.get(tensor.shape[-1], key) if key in embedding.unnamed else key
         if name in vectors:
-            raise UserError(
-                f"{embedding.trigger!r} has two sets of vectors for {name}: {', '.join(embedding.vectors)}."
-            )
+            raise UserError(f"{embedding.trigger!r} has two sets of vectors for {name}: {listed(embedding.vectors)}.")
         vectors[name] = tensor
     return replace(embedding, vectors=ordered(vectors), unnamed=embedding.unnamed.intersection(vectors))
 
@@ -153,4 +165,4 @@ def resample(rows: Tensor, count: int) -> Tensor:
 
 
 def _list(widths: dict[str, int]) -> str:
-    return ", ".join(f"{key or 'vectors'} ({width})" for key, width in widths.items())
+    return listed(f"{key[:60] or 'vectors'} ({width})" for key, width in widths.items())

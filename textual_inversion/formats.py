@@ -8,7 +8,11 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from uuid import uuid4
@@ -19,15 +23,16 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 from torch import Tensor
 
-from .containers import BUNDLE, PNG_TEXT, check_shape, open_file
+from .containers import BUNDLE, FLOATS, INNER_NAME, MAX_JSON_NUMBERS, PNG_TEXT, card_text, check_shape, open_file
 from .embedding import ENCODERS, Embedding, ordered, with_guessed_encoders
-from .errors import UserError
-from .prompts import RESERVED_NAMES
+from .errors import UserError, listed
+from .prompts import RESERVED_NAMES, usable_trigger
 
 ENCODER_ALIASES = {"t5": "t5xxl"}
-GENERIC_KEYS = {"", "*", "emb_params", "emp_params", "string_to_param.*"}  # keys that are no trigger word
-_NAME = re.compile(r"[\w\-+ ]{1,100}")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Keys that are no word: the layouts of other programs.
+GENERIC_KEYS = {"", "*", "emb_params", "emp_params", "string_to_param.*"}
+GENERIC_KEYS |= {"emb", "emb2", "text_encoders_0", "text_encoders_1", "text_encoders_2"}
+MAX_NAME = 225  # bytes of a file name: with a number and a suffix, file systems take 255
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -36,30 +41,44 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def read(path: Path, trigger: str = "", encoders: Collection[str] = ENCODERS) -> Embedding:
     """Reads an embedding; ``trigger`` chooses one where a file holds several.
 
+    The word is that of the file's name, as in ComfyUI, A1111 and InvokeAI; what another program called it inside
+    is in the metadata, ``inner name``. Files of this pack keep the word that they were trained with.
     Keys that are not among ``encoders`` are listed in ``unnamed``.
     The metadata key ``left out`` names vectors that are not token embeddings.
 
     Raises UserError, naming what is in the file, for a file that is not an embedding.
     """
     tensors, metadata = open_file(path)
-    found = _by_trigger(tensors)
-    if trigger in found:
-        name = trigger
-    elif len(found) == 1:
-        name = next(iter(found))
+    words = _by_word(tensors, encoders)
+    if trigger in words:
+        word = trigger
+    elif len(words) == 1:
+        word = next(iter(words))
     else:
-        raise UserError(f"{path.name} contains the embeddings {', '.join(found)}: choose one of them.")
-    vectors = found[name]
-    outputs = [key for key in vectors if key.endswith("_out")]
+        raise UserError(f"{path.name} contains the embeddings {listed(words)}: choose one of them.")
+    vectors = words[word]
+    outputs = [key for key in vectors if _is_output(key, encoders)]
     if outputs:  # OneTrainer's vectors behind the text encoder: no prompt can carry them
         metadata["left out"] = ", ".join(outputs)
     vectors = {ENCODER_ALIASES.get(key, key): _matrix(key, t, path) for key, t in vectors.items() if key not in outputs}
     if not vectors:
         raise UserError(f"{path.name} contains no token vectors{', only ' + ', '.join(outputs) if outputs else ''}.")
     unnamed = [key for key in vectors if key not in encoders]
-    key_trigger = next((key for key in unnamed if key not in GENERIC_KEYS), "")
-    stored_trigger = metadata.get("trigger") or name or key_trigger or path.stem
-    return Embedding(stored_trigger, ordered(vectors), metadata, frozenset(unnamed))
+    inner = word or next((key for key in unnamed if key not in GENERIC_KEYS), "")
+    if inner:
+        metadata[INNER_NAME] = inner
+    return Embedding(_word(path, metadata, word), ordered(vectors), metadata, frozenset(unnamed))
+
+
+def _word(path: Path, metadata: dict[str, str], chosen: str) -> str:
+    """The trigger of an embedding, usable in prompts; ``chosen`` is one of several words in a file."""
+    inner = metadata.get(INNER_NAME, "")
+    says_nothing = path.stem.startswith("learned_embeds")  # what diffusers' scripts call every file
+    name = metadata.get("trigger") or chosen or (inner if says_nothing and inner not in GENERIC_KEYS else "")
+    word = usable_trigger(name or path.stem)
+    if metadata.get(INNER_NAME) in (word, *GENERIC_KEYS):
+        metadata.pop(INNER_NAME)
+    return word
 
 
 def read_pair(first: Path, second: Path, encoders: Collection[str] = ENCODERS) -> Embedding:
@@ -72,23 +91,46 @@ def read_pair(first: Path, second: Path, encoders: Collection[str] = ENCODERS) -
             f"{first.name} and {second.name} have vectors for the same text encoder: choose the other file of the pair."
         )
     unnamed = one.unnamed.union(names[key] for key in two.unnamed)
-    return Embedding(one.trigger, one.vectors | others, two.metadata | one.metadata, unnamed)
+    word = min(one.trigger, two.trigger, key=len)  # NAME, not NAME_2
+    return Embedding(word, one.vectors | others, two.metadata | one.metadata, unnamed)
 
 
-def _by_trigger(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Vectors by trigger and key; the trigger is "" where the file holds one embedding without a name."""
+def _by_word(tensors: Mapping[str, Tensor], encoders: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """Vectors by word and key; the word is "" where the file holds one embedding."""
     found: dict[str, dict[str, Tensor]] = {}
+    widths = [tensor.shape[-1] for key, tensor in tensors.items() if not _is_layout(key, encoders)]
+    are_words = len(widths) > len(set(widths))  # two keys of one width are not two text encoders
     for key, tensor in tensors.items():
-        trigger = ""
+        word = ""
         if key.startswith(BUNDLE):
-            trigger, _, key = key.removeprefix(BUNDLE).partition(".")
-        found.setdefault(trigger, {})[key] = tensor
+            word, key = _bundled(key)
+        elif are_words and not _is_layout(key, encoders):
+            word = key
+        found.setdefault(word, {})[key] = tensor
     return found
+
+
+def _bundled(key: str) -> tuple[str, str]:
+    """Word and key of an embedding in a LoRA file. The word may have dots, a key has them in one layout only."""
+    text = key.removeprefix(BUNDLE)
+    layout = next((name for name in GENERIC_KEYS if "." in name and text.endswith(f".{name}")), "")
+    word, _, key = (text.removesuffix(f".{layout}"), "", layout) if layout else text.rpartition(".")
+    return word, key
+
+
+def _is_layout(key: str, encoders: Collection[str]) -> bool:
+    """Whether a key says which vectors they are, instead of being a word."""
+    return key in encoders or key in ENCODER_ALIASES or key in GENERIC_KEYS or _is_output(key, encoders)
+
+
+def _is_output(key: str, encoders: Collection[str]) -> bool:
+    name = key.removesuffix("_out")
+    return name != key and _is_layout(name, encoders)
 
 
 def _matrix(key: str, tensor: Tensor, path: Path) -> Tensor:
     """(width,) or (vectors, width) as float32 (vectors, width), all numbers finite."""
-    check_shape(key, tuple(tensor.shape), tensor.dtype in FLOATS and tensor.layout == torch.strided, path)
+    check_shape(key, tuple(tensor.shape), tensor.dtype in FLOATS.values(), path)
     matrix = tensor.detach().reshape(-1, tensor.shape[-1]).to("cpu", torch.float32, copy=True)
     if not torch.isfinite(matrix).all():
         raise UserError(f"{path.name} is not a usable embedding: {key} contains NaN or infinite values.")
@@ -116,10 +158,11 @@ def _a1111(embedding: Embedding, picture: Image.Image | None) -> list[File]:
 
 
 def _diffusers(embedding: Embedding, picture: Image.Image | None) -> list[File]:
-    """One key, the trigger. SDXL: one file per encoder. With T5: the keys of the advanced scripts."""
-    if set(embedding.vectors) <= {"clip_l", "clip_g"} or len(embedding.vectors) == 1:
+    """One key, the word. SDXL: one file per encoder. With T5: the keys of the advanced scripts."""
+    if _has_diffusers_token(embedding):
+        token = diffusers_token(embedding.trigger)
         return [
-            File(name_suffix, save({embedding.trigger: tensor}), [tensor])
+            File(name_suffix, save({token: tensor}), [tensor])
             for name_suffix, tensor in zip(("", "_2"), embedding.vectors.values(), strict=False)
         ]
     their_keys = {ours: theirs for theirs, ours in ENCODER_ALIASES.items()}
@@ -130,12 +173,18 @@ def _diffusers(embedding: Embedding, picture: Image.Image | None) -> list[File]:
 def _concepts_library(embedding: Embedding, picture: Image.Image | None) -> list[File]:
     """``learned_embeds.bin``; a single vector is stored with one dimension."""
     tensor = _single_encoder_vectors(embedding, "A file of the concepts library")
-    return [File("", _pickled({embedding.trigger: tensor[0] if len(tensor) == 1 else tensor}), [tensor])]
+    content = {diffusers_token(embedding.trigger): tensor[0] if len(tensor) == 1 else tensor}
+    return [File("", _pickled(content), [tensor])]
 
 
 def _png(embedding: Embedding, picture: Image.Image | None) -> list[File]:
+    numbers = sum(tensor.numel() for tensor in embedding.vectors.values())
+    if numbers > MAX_JSON_NUMBERS:
+        raise UserError(f"A picture cannot hold {numbers:,} numbers: choose the format comfyui, or take fewer vectors.")
+
     def plain(value: Any) -> dict:
-        return {"TORCHTENSOR": value.tolist()}
+        # The shortest text that is the same float32 again: half as long as that of the float64.
+        return {"TORCHTENSOR": value.numpy().astype(str).astype(float).tolist()}
 
     text = PngInfo()
     text.add_text(PNG_TEXT, base64.b64encode(json.dumps(_a1111_content(embedding), default=plain).encode()).decode())
@@ -145,32 +194,49 @@ def _png(embedding: Embedding, picture: Image.Image | None) -> list[File]:
 
 
 def _a1111_content(embedding: Embedding) -> dict[str, Any]:
+    """What A1111 takes: of several text encoders the vectors alone, since it calls a tensor's method on all entries."""
+    if len(embedding.vectors) > 1:
+        return dict(embedding.vectors)
     steps = embedding.metadata.get("steps", "")
-    notes = {
+    # 265 is the token of "*", the place holder that A1111 and the first script write.
+    param = next(iter(embedding.vectors.values()))
+    return {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": param},
         "name": embedding.trigger,
-        "step": int(steps) if steps.isdecimal() else None,
+        "step": int(steps) if steps.isdecimal() and len(steps) < 10 else None,
         "sd_checkpoint": None,
         "sd_checkpoint_name": embedding.metadata.get("base_model") or None,
     }
-    if len(embedding.vectors) > 1:
-        return {**embedding.vectors, **notes}
-    # 265 is the token of "*", the place holder that A1111 and the first script write.
-    param = next(iter(embedding.vectors.values()))
-    return {"string_to_token": {"*": 265}, "string_to_param": {"*": param}, **notes}
 
 
 def _single_encoder_vectors(embedding: Embedding, what: str) -> Tensor:
     if len(embedding.vectors) > 1:
         raise UserError(
-            f"{what} has vectors for only one text encoder; this embedding has {', '.join(embedding.vectors)}."
+            f"{what} has vectors for only one text encoder; this embedding has {listed(embedding.vectors)}."
         )
     return next(iter(embedding.vectors.values()))
 
 
 def _pickled(content: Any) -> bytes:
+    """Not as a zip archive: A1111 refuses the members that PyTorch puts into its archives today."""
     data = io.BytesIO()
-    torch.save(content, data)
+    torch.save(content, data, _use_new_zipfile_serialization=False)
     return data.getvalue()
+
+
+def diffusers_token(trigger: str) -> str:
+    """The word as diffusers must know it: ``<cat>`` for ``Cat``, ``<s*>`` for ``S*``.
+
+    Its tokenizer makes prompts lower case before it looks for words of several vectors, and its loader refuses words
+    that are in the vocabulary, such as cat and *. None there is in angle brackets.
+    """
+    word = unicodedata.normalize("NFC", trigger.lower())
+    return word if re.fullmatch(r"<[^<>]+>", word) else f"<{word.strip('<>')}>"
+
+
+def _has_diffusers_token(embedding: Embedding) -> bool:
+    return set(embedding.vectors) <= {"clip_l", "clip_g"} or len(embedding.vectors) == 1
 
 
 class Format(NamedTuple):
@@ -188,60 +254,186 @@ FORMATS: dict[FormatName, Format] = {
     "concepts-library": Format(".bin", _concepts_library),
     "png-card": Format(".png", _png, stock_reads_it=False),
 }
+SUFFIXES = {format.suffix for format in FORMATS.values()}
+STOCK_SUFFIXES = (".safetensors", ".pt", ".bin")  # in the order in which ComfyUI looks for them
+
+
+def prompt_hint(embedding: Embedding, format: FormatName) -> str:
+    """What to write in the prompts of the program that a format is for, where that is not the trigger."""
+    token = diffusers_token(embedding.trigger)
+    if format not in ("diffusers", "concepts-library") or token == embedding.trigger:
+        return ""
+    if not _has_diffusers_token(embedding):
+        return ""
+    return f"In diffusers, write {token} in prompts."
 
 
 def write(
     embedding: Embedding, path: Path, format: FormatName = "comfyui", picture: Image.Image | None = None
 ) -> list[Path]:
-    """Writes the file or files of a format, ``path`` being the first; each is complete or not there.
+    """Writes the file or files of a format, ``path`` being the first, and replaces it; each is complete or not there.
 
-    Each is read back and its vectors are compared before it gets its name. ``picture`` is what a
-    PNG card shows.
+    Each is read back and its vectors are compared before it gets its name. ``picture`` is what a PNG card shows.
 
-    Raises UserError when the format cannot hold the embedding, OSError when the disk cannot.
+    Raises UserError when the format cannot hold the embedding, when its second file would replace one that is not
+    the second of ``path``, or when a file reads back differently: it is kept as ``NAME-unchecked``. OSError when the
+    disk cannot.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    for file in FORMATS[format].make_files(with_guessed_encoders(embedding.snapshot()), picture):
-        target = path.with_name(f"{path.stem}{file.name_suffix}{path.suffix}")
-        temporary = target.with_name(f"{target.name}.{uuid4().hex}.tmp")
+    files = _make_files(embedding, format, picture)
+    targets = _targets(files, path)
+    for target in targets[1:]:
+        if target.exists() and not _are_pair(path, target):
+            raise UserError(f"{target.name} is another embedding: choose another name, or move that file.")
+    with _read_back(files, targets) as temporary:
+        for source, target in zip(temporary, targets, strict=True):
+            source.replace(target)
+    return targets
+
+
+def write_new(
+    embedding: Embedding,
+    folder: Path,
+    name: str,
+    format: FormatName = "comfyui",
+    picture: Image.Image | None = None,
+    is_taken: Callable[[str], bool] | None = None,
+) -> list[Path]:
+    """As ``write``, under the first of ``NAME``, ``NAME-2`` ... that is free: it never replaces a file.
+
+    ``is_taken`` says of a name, which may have folders in it, whether an embedding has it; by default in ``folder``.
+    Several processes may save the same name at once: each gets its own.
+
+    Raises what ``write`` raises.
+    """
+    files, suffix = _make_files(embedding, format, picture), FORMATS[format].suffix
+    is_taken = is_taken or partial(_is_in, folder)
+    with _read_back(files, _targets(files, folder / f"{name}{suffix}")) as temporary:
+        for number in count(1):
+            stem = f"{name}-{number}" if number > 1 else name
+            targets = _targets(files, folder / f"{stem}{suffix}")
+            if not any(is_taken(f"{stem}{file.name_suffix}") for file in files) and _claim(targets):
+                break
         try:
-            temporary.write_bytes(file.data)
-            again = list(read(temporary).vectors.values())
-            if sorted(map(_bytes, again)) != sorted(map(_bytes, file.vectors)):
-                raise UserError(f"{target.name} could not be read back as it was written, so it was not kept.")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        written.append(target)
-    return written
+            for source, target in zip(temporary, targets, strict=True):
+                source.replace(target)
+        except BaseException:
+            for target in targets:
+                if target.stat().st_size == 0:  # claimed only
+                    target.unlink()
+            raise
+    return targets
+
+
+def _make_files(embedding: Embedding, format: FormatName, picture: Image.Image | None) -> list[File]:
+    return FORMATS[format].make_files(with_guessed_encoders(embedding.snapshot()), picture)
+
+
+def _targets(files: list[File], path: Path) -> list[Path]:
+    return [path.with_name(f"{path.name.removesuffix(path.suffix)}{file.name_suffix}{path.suffix}") for file in files]
+
+
+@contextmanager
+def _read_back(files: list[File], targets: list[Path]) -> Iterator[list[Path]]:
+    """The files under temporary names, each read back and compared. What was not renamed is removed.
+
+    Raises UserError for a file that reads back differently, and keeps it.
+    """
+    folder = targets[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = [folder / f"ti-{uuid4().hex}.tmp" for _ in files]
+    try:
+        for file, path, target in zip(files, temporary, targets, strict=True):
+            path.write_bytes(file.data)
+            if problem := _difference(path, file.vectors):
+                raise UserError(f"{target.name} does not read back as written ({problem}); {_keep(path, target)}.")
+        yield temporary
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def _difference(path: Path, vectors: list[Tensor]) -> str:
+    """What the vectors in a file differ in, whatever their keys; empty if they are the same."""
+    try:
+        again = [_matrix(key, tensor, path) for key, tensor in open_file(path)[0].items()]
+    except (UserError, OSError) as error:
+        return str(error).removeprefix(f"{path.name} ").rstrip(".")
+    return "" if sorted(map(_bytes, again)) == sorted(map(_bytes, vectors)) else "other numbers came back"
+
+
+def _keep(path: Path, target: Path) -> str:
+    """Gives a file that did not read back a name of its own; says which, and what to do."""
+    for number in count(1):
+        kept = target.with_name(f"{target.stem}-unchecked{f'-{number}' if number > 1 else ''}{target.suffix}")
+        if _claim([kept]):
+            path.replace(kept)
+            return f"it is kept as {kept.name}: save it again, in another format or on another disk"
+    raise AssertionError("count() ended")
 
 
 def _bytes(tensor: Tensor) -> bytes:
     return str(tuple(tensor.shape)).encode() + tensor.numpy().tobytes()
 
 
-def file_name(name: str) -> str:
-    """A file name that every system and ComfyUI's ``embedding:NAME`` accept.
+# Names -------------------------------------------------------------------------------------------
 
-    Characters allowed in a trigger but not in a file name (``S*``, ``<cat>``) become ``_``.
-    Raises UserError if nothing sensible is left.
+
+def _claim(targets: list[Path]) -> bool:
+    """Creates empty files of these names, all or none. False if one of them exists."""
+    claimed: list[Path] = []
+    try:
+        for target in targets:
+            target.open("x").close()
+            claimed.append(target)
+    except FileExistsError:
+        for target in claimed:
+            target.unlink()
+        return False
+    return True
+
+
+def _are_pair(first: Path, second: Path) -> bool:
+    """Whether ``second`` is what diffusers' format wrote beside ``first``."""
+    try:
+        return open_file(first)[0].keys() == open_file(second)[0].keys()
+    except UserError:
+        return False
+
+
+def _is_in(folder: Path, name: str) -> bool:
+    """Whether an embedding in ``folder`` has this name. The suffix is not part of ``embedding:NAME``."""
+    return any((folder / f"{name}{suffix}").exists() for suffix in STOCK_SUFFIXES) or is_card(folder / f"{name}.png")
+
+
+def is_card(path: Path) -> bool:
+    """Whether a picture has an embedding in its text; others of the same name are previews of an embedding."""
+    try:
+        return path.suffix == ".png" and card_text(path) is not None
+    except (UserError, OSError):
+        return False
+
+
+def file_name(name: str) -> str:
+    """A file name, perhaps in folders, that every system and ComfyUI's ``embedding:NAME`` accept.
+
+    Characters allowed in a trigger but not in a file name (``S*``, ``<cat>``) become ``_``; the suffix of a format
+    is dropped. Raises UserError for a name that leads elsewhere, is reserved by Windows or is too long.
     """
-    if any(sign in name for sign in "/\\.:"):
-        raise UserError(f"The name {name!r} must not contain slashes, dots or colons: enter a plain name.")
-    clean = re.sub(r"[^\w\-+]", "_", name).strip("_") or "embedding"
-    if not _NAME.fullmatch(clean) or RESERVED_NAMES.fullmatch(clean):
-        raise UserError(f"{name!r} cannot be the name of a file: enter a short name of letters and digits.")
+    plain = unicodedata.normalize("NFC", name.strip()).replace("\\", "/")
+    plain = re.sub(rf"({'|'.join(map(re.escape, SUFFIXES))})$", "", plain)
+    if ":" in plain or any(part in ("", ".", "..") for part in plain.split("/")):
+        raise UserError(f"{name!r} cannot be the name of a file: write a plain name, or folder/name.")
+    clean = "/".join(_file_part(part) for part in plain.split("/"))
+    if len(clean.encode()) > MAX_NAME or any(map(_is_reserved, clean.split("/"))):
+        raise UserError(f"{name[:80]!r} cannot be the name of a file: enter a short name of letters and digits.")
     return clean
 
 
-def free_path(folder: Path, name: str, suffix: str = ".safetensors") -> Path:
-    """``NAME.safetensors``, or the first of ``NAME-2``, ``NAME-3`` ... that no embedding has yet.
+def _file_part(part: str) -> str:
+    """Letters of every script have marks, which are not letters themselves."""
+    letters = (letter if letter in "-+." or unicodedata.category(letter)[0] in "LMN" else "_" for letter in part)
+    return "".join(letters).strip("_.") or "embedding"
 
-    The suffix is not part of ``embedding:NAME``, so NAME.pt also blocks NAME.safetensors.
-    """
-    stem, number = name, 1
-    while any((folder / f"{stem}{format.suffix}").exists() for format in FORMATS.values()):
-        number += 1
-        stem = f"{name}-{number}"
-    return folder / f"{stem}{suffix}"
+
+def _is_reserved(part: str) -> bool:
+    return RESERVED_NAMES.fullmatch(part.partition(".")[0]) is not None

@@ -9,6 +9,7 @@ from .embedding import Embedding
 from .vocabulary import Vocabulary
 
 NEAREST = 5
+_MOST_NOTES = 40  # metadata entries shown
 _LONGEST = 1000  # characters shown of a metadata value: kohya's trainer writes all captions of a data set into one
 
 
@@ -32,15 +33,22 @@ def inspect(embedding: Embedding, vocabularies: Mapping[str, Vocabulary]) -> lis
             lengths = vocabularies[key].word_lengths()
             low, middle, high = lengths.quantile(torch.tensor([0.05, 0.5, 0.95]).to(lengths)).tolist()
             usual, nearest = (low, middle, high), vocabularies[key].nearest(rows, NEAREST)
-        found.append(Vectors(key, rows.shape[-1], rows.norm(dim=1).tolist(), usual, nearest))
+        found.append(Vectors(key, rows.shape[-1], rows.double().norm(dim=1).tolist(), usual, nearest))
     return found
+
+
+def readable(length: float) -> str:
+    """With three digits behind the point, or as a power of ten where that would fill the line."""
+    return f"{length:.3f}" if length < 1e6 else f"{length:.3e}"
 
 
 def describe(embedding: Embedding, found: list[Vectors]) -> str:
     """A readable text: the trigger word, the metadata, then every vector."""
     lines = [f"{embedding.trigger}: {embedding.describe()}"]
-    for key, value in embedding.metadata.items():
-        lines.append(f"{key}: {value[:_LONGEST]}{' ...' if len(value) > _LONGEST else ''}")
+    for key, value in list(embedding.metadata.items())[:_MOST_NOTES]:
+        lines.append(f"{key[:_LONGEST]}: {value[:_LONGEST]}{' ...' if len(value) > _LONGEST else ''}")
+    if len(embedding.metadata) > _MOST_NOTES:
+        lines.append(f"... and {len(embedding.metadata) - _MOST_NOTES} more entries")
     for part in found:
         ordinary = ""
         if part.usual:
@@ -49,5 +57,5 @@ def describe(embedding: Embedding, found: list[Vectors]) -> str:
         lines.append(f"{part.key}: {len(part.lengths)} x {part.width}{ordinary}")
         for number, length in enumerate(part.lengths):
             near = ", ".join(f"{word} {cosine:.2f}" for word, cosine in part.nearest[number]) if part.nearest else ""
-            lines.append(f"  {number + 1}: length {length:.3f}{'; nearest: ' if near else ''}{near}")
+            lines.append(f"  {number + 1}: length {readable(length)}{'; nearest: ' if near else ''}{near}")
     return "\n".join(lines)

@@ -53,6 +53,7 @@ _MARKED = re.compile(f"{MARK}.*?{MARK}")
 _FORBIDDEN = re.compile(r"[\s/\\.:,;()\[\]{}|\"']")
 RESERVED_NAMES = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)")  # of Windows' devices
 _LONGEST = 64
+_LONGEST_NAME = 255  # characters of a file name
 
 
 def check_trigger(trigger: str) -> None:
@@ -74,6 +75,13 @@ def check_trigger(trigger: str) -> None:
         raise UserError("The trigger word contains invisible characters: type it again.")
     if RESERVED_NAMES.fullmatch(trigger):
         raise UserError(f"Windows reserves the name {trigger!r}: choose another trigger word.")
+
+
+def usable_trigger(name: str) -> str:
+    """A word that prompts can carry, made of the name of a file: dots stay, what a prompt gives a meaning becomes _."""
+    word = "".join(letter if letter == "." or letter.isprintable() else "_" for letter in name[:_LONGEST_NAME])
+    word = _FORBIDDEN.sub(lambda match: match.group() if match.group() == "." else "_", word).strip(".") or "word"
+    return f"_{word}" if word.lower().startswith("embedding") else word
 
 
 def trigger_pattern(trigger: str) -> re.Pattern[str]:

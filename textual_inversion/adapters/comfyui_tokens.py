@@ -69,7 +69,7 @@ class _TriggersToNames:
 class _NamesToVectors:
     """For the tokenizer of one text encoder. Other packs call it with prompts of their own, triggers and all."""
 
-    vectors: dict[str, Rows]  # by trigger
+    vectors: dict[str, Rows | None]  # by trigger; without vectors for this encoder, the trigger stays text
     embedding_directory: Any
     knows_triggers = True  # not inside a whole tokenizer: the words of a template are no triggers
     as_dictionaries = False
@@ -77,6 +77,7 @@ class _NamesToVectors:
     def tokenize_with_weights(self, text: str, *args, **kwargs):
         if self.knows_triggers:
             text = _with_names(text, self.vectors)
+        text = _without_names(text, {n: word for n, (word, rows) in enumerate(self.vectors.items()) if rows is None})
         sections = super().tokenize_with_weights(text, *args, **kwargs)  # type: ignore[misc]
         if self.as_dictionaries:
             return [[(_dictionary(token), *rest) for token, *rest in section] for section in sections]
@@ -95,7 +96,7 @@ class _NamesToTriggers:
     triggers: list[str]
 
     def tokenize_with_weights(self, text: str, *args, **kwargs):
-        text = re.sub(f"embedding:{_NAMED.pattern} ", lambda match: self.triggers[int(match[1])], text)
+        text = _without_names(text, dict(enumerate(self.triggers)))
         return super().tokenize_with_weights(text, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -104,6 +105,11 @@ def _with_names(text: str, triggers: Iterable[str]) -> str:
     for number, trigger in enumerate(triggers):
         text = trigger_pattern(trigger).sub(partial(_named, number), text)
     return text
+
+
+def _without_names(text: str, triggers: dict[int, str]) -> str:
+    """The prompt with these triggers, by number, in the place of their names again."""
+    return re.sub(f"embedding:{_NAMED.pattern} ", lambda match: triggers.get(int(match[1]), match.group()), text)
 
 
 def _named(number: int, match: re.Match[str]) -> str:
@@ -143,13 +149,13 @@ def with_embeddings(clip: CLIP, *embeddings: Embedding) -> CLIP:
     rows that go among the tokens: ``clip.tokenizer.embeddings[trigger][key]``.
 
     Raises:
-        UserError: an embedding lacks vectors for an encoder of the CLIP, or has another width.
+        UserError: an embedding has vectors for no encoder of the CLIP. To an encoder without, the trigger stays text.
     """
     keys = embedding_keys(clip)
     slots = {encoder.slot: encoder.key for encoder in text_encoders(clip)}
     known = dict(clip.tokenizer.embeddings) if isinstance(clip.tokenizer, _TriggersToNames) else {}
     for embedding in embeddings:
-        vectors = embedding.for_encoders(keys).vectors
+        vectors = embedding.for_encoders(keys, complete=False).vectors
         known[embedding.trigger] = {key: Rows(rows[n] for n in range(len(rows))) for key, rows in vectors.items()}
     clip = clip.clone()
     clip.tokenizer = _mix_in(_TriggersToNames, clip.tokenizer)
@@ -157,7 +163,7 @@ def with_embeddings(clip: CLIP, *embeddings: Embedding) -> CLIP:
     for slot, part in list(vars(clip.tokenizer).items()):
         if slot in slots:
             part = _mix_in(_NamesToVectors, part)
-            part.vectors = {trigger: rows[slots[slot]] for trigger, rows in known.items()}
+            part.vectors = {trigger: rows.get(slots[slot]) for trigger, rows in known.items()}
             part.embedding_directory = part.embedding_directory or []  # None would switch embeddings off
         elif isinstance(part, SDTokenizer):
             part = _mix_in(_NamesToTriggers, part)
