@@ -90,7 +90,9 @@ def train_command(
     check_settings(settings)
     folder, name = (output.parent, output.stem) if output else (Path(), settings.trigger)
     target = formats.free_path(folder, formats.file_name(name), formats.FORMATS[format].suffix)
-    pictures, masks, captions = load_folder(images, 0)
+    pictures, masks, captions, left_out = load_folder(images, 0)
+    for file in left_out:
+        print(f"Left out {file.name}: {file.reason}.", file=sys.stderr)
     model = pipeline.load(settings.gradient_checkpointing)
     dataset = make_dataset(model.encode_images, pictures, masks, captions, settings)
     with model.training() as trainable:
