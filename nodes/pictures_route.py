@@ -84,7 +84,8 @@ def add_picture(folder: str, name: str, data: bytes) -> str:
     place, name = input_folder(folder), _file_name(name)
     decoded(io.BytesIO(data), SIDES["small"])
     place.mkdir(parents=True, exist_ok=True)
-    if (place / name).is_file() and (place / name).read_bytes() == data:
+    same = place / name
+    if same.is_file() and not same.is_symlink() and same.read_bytes() == data:
         return name
     file = _new_file(place, name)
     try:
@@ -126,13 +127,16 @@ def write_caption(folder: str, name: str, data: bytes) -> str:
 
     Raises UserError as `caption_text` does, or if there is no such picture.
     """
-    text = caption_text(data)
     file, files = _picture(folder, name)
+    text = caption_text(data)
     target = _own_captions(files).get(file)
     if target is None:
         twins = [other for other in files.pictures if other.stem.casefold() == file.stem.casefold()]
         target = file.with_name(f"{file.name}.txt") if len(twins) > 1 else file.with_suffix(".txt")
-    target.write_text(text + "\n" if text else "", encoding="utf-8")
+    unfinished = target.with_name(f".{target.name}")
+    unfinished.unlink(missing_ok=True)
+    unfinished.write_text(text + "\n" if text else "", encoding="utf-8")
+    unfinished.replace(target)  # also where that is a link, which may lead elsewhere
     return text
 
 

@@ -5,6 +5,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { showFullSize } from "./lib/full_size.js";
 import { LossChart } from "./lib/loss_chart.js";
 import { element, filled } from "./lib/page.js";
 
@@ -116,7 +117,7 @@ class TrainPanel {
     const lines = element("div", {}, this.state, this.details, this.message);
     this.run = element("div", { className: "ti-run" }, lines, this.chart.root, this.strip.root, buttons);
     const style = element("link", { rel: "stylesheet", href: new URL("train_panel.css", import.meta.url) });
-    this.root = element("div", { className: "ti-train" }, style, this.hint, this.run);
+    this.root = element("div", { className: "ti-train ti-colours" }, style, this.hint, this.run);
     leaveToCanvas(this.root, this.strip.root);
 
     this.run.hidden = true;
@@ -206,33 +207,13 @@ class FilmStrip {
     const label = filled(TEXTS.pictureStep, { step });
     const image = element("img", { src, alt: label, draggable: false });
     const frame = element("button", { type: "button", title: label }, image, element("span", { textContent: label }));
-    frame.onclick = () => showFullSize(frame);
+    frame.onclick = () => {
+      const frames = [...this.root.children];
+      const pictures = frames.map(({ title, firstChild }) => ({ title, src: firstChild.src }));
+      showFullSize(this.root.closest(".ti-train"), pictures, frames.indexOf(frame));
+    };
     return frame;
   }
-}
-
-/** Shows a picture of the strip in a dialog; the arrow keys go to the next and the previous one. */
-function showFullSize(frame) {
-  const image = element("img");
-  const caption = element("div");
-  const dialog = element("dialog", { className: "ti-full-size" }, image, caption);
-  const turnTo = (next) => {
-    if (!next) return;
-    frame = next;
-    image.src = frame.querySelector("img").src;
-    image.alt = caption.textContent = frame.title;
-  };
-  turnTo(frame);
-  dialog.onclick = () => dialog.close();
-  dialog.onclose = () => dialog.remove();
-  dialog.onwheel = (event) => event.stopPropagation(); // otherwise the canvas behind it zooms
-  dialog.onkeydown = (event) => {
-    event.stopPropagation(); // otherwise ComfyUI's shortcuts react to it
-    if (event.key === "ArrowLeft") turnTo(frame.previousElementSibling);
-    if (event.key === "ArrowRight") turnTo(frame.nextElementSibling);
-  };
-  frame.closest(".ti-train").append(dialog);
-  dialog.showModal();
 }
 
 /** Passes wheel and middle button on to the canvas, as text fields of a node do. Sideways, the strip scrolls. */
