@@ -68,7 +68,7 @@ class Bench:
         """``part`` is train or heldout."""
         from textual_inversion.dataset import make_dataset
 
-        images, _, captions = self._load_folder(concept.folder / part, 0, False)
+        images, _, captions, _ = self._load_folder(concept.folder / part, 0, False)
         return make_dataset(self.model.encode_images, images, [], captions if with_captions else [], config)
 
     def heldout_loss(self, dataset, embedding, text: str, noise_levels: int = NOISE_LEVELS) -> float:

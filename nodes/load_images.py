@@ -1,11 +1,9 @@
-from pathlib import Path
-
 import folder_paths
 from comfy_api.latest import io
 
 from ..textual_inversion import UserError
 from ..textual_inversion.pictures import load_folder
-from .pictures_route import input_folder
+from .picture_folders import chosen_folder, roots
 from .sockets import CATEGORY
 
 
@@ -28,13 +26,16 @@ class LoadImages(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=[".", *folder_paths.get_input_subfolders()],
-                    tooltip="A folder inside ComfyUI's input folder; '.' is the input folder itself.",
+                    options=[*folder_paths.get_input_subfolders(), "."],
+                    default="",
+                    tooltip="A folder inside ComfyUI's input folder; '.' is the input folder itself. Adding pictures "
+                    "makes a folder where none is chosen.",
                 ),
                 io.String.Input(
                     "path",
                     default="",
-                    tooltip="Full path of any folder on this computer. If not empty, it is used instead of 'folder'.",
+                    tooltip="Full path of a folder in ComfyUI's input, output or temp folder, or in one that the owner "
+                    "of the server allows. If not empty, it is used instead of 'folder'.",
                 ),
                 io.Combo.Input(
                     "crop",
@@ -67,22 +68,23 @@ class LoadImages(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, folder) -> bool | str:
+        """Takes over from ComfyUI, which would refuse a folder that was made or removed since it looked."""
+        return True if folder is None or isinstance(folder, str) else "'folder' must be a name: choose one."
+
+    @classmethod
     def fingerprint_inputs(cls, folder, path, crop, size):
-        files = sorted(entry for entry in _folder(folder, path).iterdir() if entry.is_file())
+        place = chosen_folder(folder, path)
+        files = sorted(entry for entry in place.iterdir() if entry.is_file()) if place and place.is_dir() else []
         return [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
 
     @classmethod
     def execute(cls, folder, path, crop, size) -> io.NodeOutput:
-        images, masks, captions = load_folder(_folder(folder, path), size, crop == "square")
-        return io.NodeOutput(images, masks, captions)
-
-
-def _folder(folder: str, path: str) -> Path:
-    if not path.strip():
-        return input_folder(folder)
-    chosen = Path(path.strip()).expanduser()
-    if not chosen.is_absolute():
-        raise UserError(f"{path!r} is not a full path: enter one, or use 'folder' for ComfyUI's input folder.")
-    if not chosen.is_dir():
-        raise UserError(f"The folder {chosen} does not exist: choose another one.")
-    return chosen
+        place = chosen_folder(folder, path)
+        if place is None or not place.is_dir() or not any(place.iterdir()):
+            raise UserError(
+                "Load Images has no pictures: press 'Add pictures' in it, or choose a folder with pictures."
+            )
+        loaded = load_folder(place, size, crop == "square", roots())
+        left_out = [file._asdict() for file in loaded.left_out]
+        return io.NodeOutput(loaded.images, loaded.masks, loaded.captions, ui={"left_out": left_out})

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from dev.comfyui_server import ComfyServer
 
 SECONDS = 60_000  # milliseconds that anything may take on a busy machine
 DEPRECATED = "DEPRECATION"  # ComfyUI's front end warns of calls that will go
+
+PALETTES = {"light": "#F5F5F5", "solarized": "#073642", "nord": "#161b22", "dark": "#353535"}  # and that of a node
 
 
 @contextmanager
@@ -34,3 +36,33 @@ def opened(server: ComfyServer, chromium: Browser, renderer: str, **settings: An
 def open_comfyui(page: Page, url: str) -> None:
     page.goto(url)
     page.wait_for_function("window.app?.extensionManager && window.app.canvas && window.app.rootGraph?.nodes.length")
+
+
+def use_palette(page: Page, palette: str) -> None:
+    """Sets one of `PALETTES`."""
+    page.evaluate("name => app.extensionManager.setting.set('Comfy.ColorPalette', name)", palette)
+    page.wait_for_function("colour => LiteGraph.NODE_DEFAULT_BGCOLOR === colour", arg=PALETTES[palette])
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def contrast(words: Locator) -> float:
+    """WCAG's ratio of the text colour to what is behind it; behind a node on the canvas is its body."""
+    return words.evaluate("""(words) => {
+        const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+        const luminance = (colours) => {
+            for (const colour of colours) {
+                context.fillStyle = colour;
+                context.fillRect(0, 0, 1, 1);
+            }
+            const linear = (part) => (part <= 10 ? part / 3294 : ((part / 255 + 0.055) / 1.055) ** 2.4);
+            const [red, green, blue] = [...context.getImageData(0, 0, 1, 1).data].map(linear);
+            return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+        };
+        const behind = [];
+        for (let at = words; at && !at.matches(".dom-widget"); at = at.parentElement) {
+            behind.unshift(getComputedStyle(at).backgroundColor);
+        }
+        const body = words.closest(".dom-widget") ? [LiteGraph.NODE_DEFAULT_BGCOLOR] : [];
+        const [one, two] = [[...body, ...behind], [...body, ...behind, getComputedStyle(words).color]].map(luminance);
+        return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
+    }""")

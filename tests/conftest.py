@@ -133,9 +133,15 @@ def running(options: tuple[str, ...], checkpoints: dict[str, Path]) -> Iterator[
 
 
 @pytest.fixture(scope="session")
-def server(checkpoints) -> Iterator[ComfyServer]:
+def server_with_required_front_end(checkpoints) -> Iterator[ComfyServer]:
     """One ComfyUI for the whole session."""
     yield from running(("--cpu",), checkpoints)
+
+
+@pytest.fixture(scope="session")
+def server(server_with_required_front_end) -> ComfyServer:
+    """What tests that need no browser use; in those with one, the server of ``interface`` takes its name."""
+    return server_with_required_front_end
 
 
 @pytest.fixture(scope="session")
@@ -147,8 +153,7 @@ def server_with_newest_front_end(checkpoints) -> Iterator[ComfyServer]:
 def interface(request) -> Interface:
     """Both renderers of the front end that ComfyUI 0.30.0 requires, and of the newest one."""
     renderer, age = request.param.split(", ")
-    names = {"required": "server", "newest": "server_with_newest_front_end"}
-    return Interface(request.getfixturevalue(names[age]), renderer)
+    return Interface(request.getfixturevalue(f"server_with_{age}_front_end"), renderer)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ python -m tests.kill_and_resume 100
 
 import itertools
 import random
+import shutil
 import sys
 import time
 from typing import Any
@@ -24,10 +25,9 @@ def graph(steps: int = STEPS, **changes: Any) -> dict[str, Any]:
     settings |= {"editability": 0.1, "batch_size": 2, "size": 0, "seed": 0, "gradient_checkpointing": False}
     # ComfyUI would not run the same graph again; what a preview shows does not change what is learned.
     settings |= {"preview_prompt": f"photo {next(NUMBERS)} of {{}}", "preview_every": 0, **changes}
-    folder = ROOT / "demo/concepts/heart/train"
     return {
         "load": node("CheckpointLoaderSimple", ckpt_name="toy.safetensors"),
-        "pictures": node("TI_LoadImages", folder=".", path=str(folder), crop="square", size=64),
+        "pictures": node("TI_LoadImages", folder="heart", path="", crop="square", size=64),
         "learn": node(
             "TI_Train", **settings, model=["load", 0], clip=["load", 1], vae=["load", 2], images=["pictures", 0]
         ),
@@ -67,6 +67,7 @@ def main(times: int) -> None:
     chance = random.Random(0)
     killed = wrong = 0
     with ComfyServer() as server:
+        shutil.copytree(ROOT / "demo/concepts/heart/train", server.base / "input/heart")
         reference, _ = learned(server)
         while killed < times:
             for _ in range(min(chance.randint(1, 3), times - killed)):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from browser import SECONDS, open_comfyui, opened
+from browser import PALETTES, SECONDS, contrast, open_comfyui, opened, use_palette
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from dev.comfyui_server import ComfyServer
@@ -199,13 +199,8 @@ def test_words_can_be_read_in_every_palette(page):
     queue(page)
     panel = show(page)
     expect(run(panel, "done")).to_be_visible()
-    for palette, text in {"light": "#222", "solarized": "#fdf6e3", "nord": "#e5eaf0", "dark": "#fff"}.items():
-        page.evaluate("name => app.extensionManager.setting.set('Comfy.ColorPalette', name)", palette)
-        page.wait_for_function(
-            "([text, dark]) => getComputedStyle(document.documentElement).getPropertyValue('--fg-color') === text"
-            " && document.documentElement.classList.contains('dark-theme') === dark",
-            arg=[text, palette != "light"],
-        )
+    for palette in PALETTES:
+        use_palette(page, palette)
         for words in (".ti-state", ".ti-line:nth-child(2)", ".ti-legend"):
             assert contrast(panel.locator(words)) > 4.5, (palette, words)
 
@@ -283,26 +278,3 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def contrast(words: Locator) -> float:
-    """WCAG's ratio of the text colour to what is behind it; behind a node on the canvas is its body."""
-    return words.evaluate("""(words) => {
-        const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-        const luminance = (colours) => {
-            for (const colour of colours) {
-                context.fillStyle = colour;
-                context.fillRect(0, 0, 1, 1);
-            }
-            const linear = (part) => (part <= 10 ? part / 3294 : ((part / 255 + 0.055) / 1.055) ** 2.4);
-            const [red, green, blue] = [...context.getImageData(0, 0, 1, 1).data].map(linear);
-            return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
-        };
-        const behind = [];
-        for (let at = words; at && !at.matches(".dom-widget"); at = at.parentElement) {
-            behind.unshift(getComputedStyle(at).backgroundColor);
-        }
-        const body = words.closest(".dom-widget") ? [LiteGraph.NODE_DEFAULT_BGCOLOR] : [];
-        const [one, two] = [[...body, ...behind], [...body, ...behind, getComputedStyle(words).color]].map(luminance);
-        return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
-    }""")

@@ -99,7 +99,9 @@ def train_command(
     check_trigger(settings.trigger)
     check_settings(settings)
     folder, name = _target(output, settings.trigger)
-    pictures, masks, captions = load_folder(images, 0)
+    pictures, masks, captions, left_out = load_folder(images, 0)
+    for file in left_out:
+        _say(f"Left out {file.name}: {file.reason}.")
     model = pipeline.load(settings.gradient_checkpointing)
     dataset = make_dataset(model.encode_images, pictures, masks, captions, settings)
     with model.training() as trainable:

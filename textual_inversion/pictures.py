@@ -1,116 +1,168 @@
-"""Pictures between files, Pillow and tensors."""
+"""A folder of pictures with their captions, and pictures between Pillow and tensors."""
 
-import io
+import codecs
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from .dataset import resize
 from .errors import UserError
+from .picture_files import decoded
 
-UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-ORIENTATION = 0x0112  # EXIF: 1 upright, 2 to 8 turned or mirrored
-
-
-class PictureInfo(NamedTuple):
-    """What is known about a picture without resizing it."""
-
-    width: int
-    """Pixels, after the camera's rotation."""
-    height: int
-    masked: bool
-    """Whether any part is transparent."""
+CAPTION_SUFFIXES = (".txt", ".caption")
+MAX_CAPTION = 2**16  # bytes
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
-def load_folder(folder: Path, size: int, square: bool = False) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """Pictures (1, H, W, 3) in 0..1, masks (1, H, W) and captions of a folder, by file name.
+class LeftOut(NamedTuple):
+    """A file that is not used."""
+
+    name: str
+    reason: str
+    """Goes on after the name and a colon."""
+
+
+class Pictures(NamedTuple):
+    """What a folder holds, by file name."""
+
+    images: list[Tensor]
+    """(1, H, W, 3) in 0..1 each."""
+    masks: list[Tensor]
+    """(1, H, W) each, 1 where the picture is opaque."""
+    captions: list[str]
+    """One for each picture; empty where there is none."""
+    left_out: list[LeftOut]
+    """Files that cannot be read."""
+
+
+class FolderFiles(NamedTuple):
+    """The files of a folder, by their names only."""
+
+    pictures: list[Path]
+    """All but captions and hidden ones, sorted by name."""
+    captions: dict[str, Path]
+    """By what comes before the suffix."""
+    left_out: list[LeftOut]
+    """Links to elsewhere."""
+
+
+def load_folder(folder: Path, size: int, square: bool = False, roots: Sequence[Path] = ()) -> Pictures:
+    """The pictures of a folder with their masks and captions.
 
     Rotates as EXIF says; transparent parts become white in the picture and black in the mask.
-    Files that are not pictures are skipped; a warning names them.
-
-    Raises UserError when no picture is left, or a caption is not UTF-8.
+    ``size`` and ``square`` as for ``resize``, ``roots`` as for ``folder_files``.
+    Raises UserError when no picture is left, or as ``folder_files`` does.
     """
-    images, masks, captions, broken = [], [], [], []
-    for file in picture_files(folder):
+    files = folder_files(folder, roots)
+    images, masks, captions, left_out = [], [], [], list(files.left_out)
+    for file in files.pictures:
         try:
-            rgba = _rgba(Image.open(file))
-        except UNREADABLE:
-            broken.append(file.name)
+            image, mask = _tensors(decoded(file, size, square), size, square)
+        except UserError as error:
+            left_out.append(LeftOut(file.name, str(error)))
             continue
-        pixels = torch.from_numpy(np.asarray(rgba, dtype=np.float32) / 255)[None]  # (1, H, W, 4)
-        alpha = pixels[..., 3:]
-        pixels = resize(torch.cat([pixels[..., :3] * alpha + (1 - alpha), alpha], dim=-1), size, square)
-        images.append(pixels[..., :3])
-        masks.append(pixels[..., 3])
-        captions.append(caption_of(file))
-    if broken:
-        logging.warning("Load Images skipped files that are not pictures: %s", ", ".join(broken))
+        caption, problems = caption_of(file, files.captions)
+        images.append(image)
+        masks.append(mask)
+        captions.append(caption)
+        left_out += problems
     if not images:
-        raise UserError(f"There are no pictures in {folder}: put some there, or choose another folder.")
-    return images, masks, captions
+        advice = "put some there, or choose another folder"
+        if left_out:
+            advice = f"none of its {len(left_out)} files can be read, the first because {left_out[0].reason}"
+        raise UserError(f"There are no pictures in the folder {folder.name!r}: {advice}.")
+    if left_out:
+        logging.warning("%d of the files in a folder of pictures are left out.", len(left_out))
+    return Pictures(images, masks, captions, left_out)
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """Files of a folder that should be pictures, by name: all but captions and hidden ones."""
-    files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    return sorted((file for file in files if file.suffix.lower() != ".txt"), key=lambda file: file.name)
+def folder_files(folder: Path, roots: Sequence[Path] = ()) -> FolderFiles:
+    """Pictures and captions of a folder.
 
-
-def caption_of(file: Path) -> str:
-    """Text of NAME.txt beside a picture NAME.png; empty where there is none.
-
-    Raises UserError when it is not UTF-8.
+    Where ``roots`` are given, links to files outside of these folders are left out.
+    Raises UserError where the folder cannot be listed.
     """
-    caption = file.with_suffix(".txt")
     try:
-        return caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else ""
+        files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    except OSError as error:
+        problem = (error.strerror or "unknown error").lower()
+        raise UserError(f"The folder {folder.name!r} cannot be read ({problem}): choose another one.") from error
+    outside = [file for file in files if roots and file.is_symlink() and not is_inside(file, roots)]
+    files = [file for file in files if file not in outside]
+    texts = [file for file in files if is_caption(file.name)]
+    texts.sort(key=lambda file: CAPTION_SUFFIXES.index(file.suffix.lower()))
+    captions: dict[str, Path] = {}
+    for file in texts:
+        captions.setdefault(file.stem, file)
+    for file in texts:  # file names that a system without capitals takes for the same
+        captions.setdefault(file.stem.casefold(), file)
+    pictures = [file for file in files if not is_caption(file.name)]
+    return FolderFiles(
+        pictures, captions, [LeftOut(file.name, "it is a link to elsewhere: copy the file itself") for file in outside]
+    )
+
+
+def is_inside(path: Path, roots: Sequence[Path]) -> bool:
+    """Whether a path, or what it links to, is inside one of these folders."""
+    real = path.resolve()
+    return any(real.is_relative_to(root.resolve()) for root in roots)
+
+
+def is_caption(name: str) -> bool:
+    return Path(name).suffix.lower() in CAPTION_SUFFIXES
+
+
+def caption_file(picture: Path, captions: Mapping[str, Path]) -> Path | None:
+    """NAME.png.txt, NAME.txt or NAME.caption of NAME.png, of the ``captions`` of its folder."""
+    names = (picture.name, picture.name.casefold(), picture.stem, picture.stem.casefold())
+    return next((captions[name] for name in names if name in captions), None)
+
+
+def caption_of(picture: Path, captions: Mapping[str, Path]) -> tuple[str, list[LeftOut]]:
+    """The caption of a picture, empty where there is none, and the file that holds it if that cannot be read."""
+    file = caption_file(picture, captions)
+    if file is None:
+        return "", []
+    try:
+        with file.open("rb") as stream:
+            return caption_text(stream.read(MAX_CAPTION + 1)), []
+    except UserError as error:
+        return "", [LeftOut(file.name, str(error))]
+    except OSError:
+        return "", [LeftOut(file.name, "it must not be read: change the rights of the file")]
+
+
+def caption_text(data: bytes) -> str:
+    """The text of a caption file: UTF-8, or UTF-16 with or without its mark.
+
+    Raises UserError with the reason where it is something else, or long.
+    """
+    if len(data) > MAX_CAPTION:
+        raise UserError(f"it is longer than {MAX_CAPTION:,} bytes: shorten the caption")
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and 0 in data[:2]:
+        encoding = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    try:
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(f"{caption.name} is not UTF-8 text: save it again as UTF-8.") from error
+        raise UserError("it is not UTF-8 text: save it again as UTF-8") from error
+    if "\0" in text:
+        raise UserError("it is not text: save the caption again as UTF-8")
+    return text.strip()
 
 
-def picture_info(file: Path) -> PictureInfo | None:
-    """Shape and transparency of a picture file; None for what is no picture.
-
-    Pixels are decoded only where the format says that some may be transparent.
-    """
-    try:
-        with Image.open(file) as picture:
-            # A PNG without this entry would be decoded to look for EXIF behind its pixels.
-            orientation = picture.getexif().get(ORIENTATION, 1) if "exif" in picture.info else 1
-            width, height = picture.size[::-1] if orientation > 4 else picture.size
-            masked = picture.has_transparency_data and _rgba(picture).getchannel("A").getextrema() != (255, 255)
-    except UNREADABLE:
-        return None
-    return PictureInfo(width, height, masked)
-
-
-def thumbnail(file: Path, side: int) -> bytes:
-    """The picture as WebP, upright, at most ``side`` pixels a side.
-
-    Raises UserError for what is no picture.
-    """
-    try:
-        with Image.open(file) as picture:
-            picture.thumbnail((side, side))  # a large JPEG is not even decoded in full
-            small = _rgba(picture)
-    except UNREADABLE as error:
-        raise UserError(f"{file.name} cannot be read as a picture.") from error
-    written = io.BytesIO()
-    small.save(written, "WEBP", quality=80)
-    return written.getvalue()
-
-
-def _rgba(picture: Image.Image) -> Image.Image:
-    """Upright, 8 bits a channel, with transparency."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits a pixel
-        picture = picture.point(lambda value: value / 256).convert("L")
-    return picture.convert("RGBA")
+def _tensors(picture: Image.Image, size: int, square: bool) -> tuple[Tensor, Tensor]:
+    """Picture (1, H, W, 3) and mask (1, H, W) in 0..1 of an RGBA picture."""
+    pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]  # (1, H, W, 4)
+    alpha = pixels[..., 3:]
+    pixels = resize(torch.cat([pixels[..., :3] * alpha + (1 - alpha), alpha], dim=-1), size, square)
+    return pixels[..., :3], pixels[..., 3]
 
 
 def to_pillow(pixels: Tensor) -> Image.Image:

@@ -1,80 +1,56 @@
-/* Load Images (TI_LoadImages): shows the pictures of the chosen folder as thumbnails, and adds pictures to it. */
+/* Load Images (TI_LoadImages): shows the pictures of the chosen folder, adds some, and changes them one by one. */
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { brought, captionStem, filesIn, isCaption, isPicture, stem } from "./lib/dropped_files.js";
+import { showFullSize } from "./lib/full_size.js";
 import { after, element, filled } from "./lib/page.js";
+import { PictureRequests, Refused, thumbnail } from "./lib/picture_requests.js";
 
 const TEXTS = {
   add: "Add pictures",
   addHint: "Add pictures, and text files with captions: cat.txt is the caption of cat.png.",
+  newFolder: "New folder",
+  newFolderHint: "Name a new folder. It is made when pictures are added.",
+  newFolderQuestion: "Name of the new folder, inside ComfyUI's input folder:",
   none: "Drop pictures here",
   reading: "Reading the folder",
   one: "1 picture",
   count: "{count} pictures",
+  captions: "{pictures}, {captions} with captions",
   adding: "Adding {number} of {count}",
   size: "{width} × {height}",
   masked: "Has a mask: parts of it are transparent.",
   captioned: "Has a caption.",
-  noThumbnail: "ComfyUI cannot show this file.",
-  path: "Thumbnails are only shown for folders inside ComfyUI's input folder. Clear 'path' to use one.",
+  caption: "No caption: write one here.",
+  open: "Enlarge, or write a caption.",
+  remove: "Delete",
+  removeQuestion: "Delete from the folder {folder}? This cannot be undone.",
+  leftOut: "Left out {name}: {reason}.",
+  more: "Left out {count} more files.",
+  path: "Clear 'path' to add or change pictures: it only shows a folder.",
   linked: "The folder comes from another node, so its pictures cannot be shown here.",
   skipped: "Skipped, neither a picture nor a caption: {names}.",
-  unreadable: "Added, but cannot be read as a picture: {names}.",
   noPicture: "Skipped {name}: there is no picture with that name.",
   captionKept: "Skipped {name}: the picture already has another caption.",
-  refused: "ComfyUI refused {name} (error {status}).",
-  refusedList: "ComfyUI could not list the folder (error {status}).",
+  refused: "ComfyUI refused this (error {status}): look at its log.",
+  tooLarge: "it is larger than ComfyUI accepts (see its option --max-upload-size)",
   noResponse: "ComfyUI does not respond: check whether it is still running.",
 };
 
 const NODE = "TI_LoadImages";
-const NEW_FOLDER = "pictures"; // created for pictures that are added while '.', the input folder itself, is chosen
+const NEW_FOLDER = "pictures"; // made for pictures that are added while no folder of their own is chosen
 const SIZE = [340, 500]; // of a new node
-const HEIGHT = 200; // least height of the list with its button; also in load_images.css
+const HEIGHT = 200; // least height of the list with its buttons; also in load_images.css
+const NAMED = 5; // files left out that are named, at most
 
-const isPicture = (file) => file.type.startsWith("image/");
-const isCaption = (file) => file.name.toLowerCase().endsWith(".txt");
-const stem = (name) => name.replace(/\.[^.]*$/, "");
-
-/** The dropped files, or none if no picture or caption is among them, such as for a workflow. */
-function droppedFiles(event) {
-  const files = [...(event.dataTransfer?.files ?? [])];
-  return files.some((file) => isPicture(file) || isCaption(file)) ? files : [];
-}
-
-/** ComfyUI's response. Throws an error whose message is for the user. */
-async function ask(route, options) {
-  try {
-    return await api.fetchApi(route, options);
-  } catch {
-    throw new Error(TEXTS.noResponse);
-  }
-}
-
-/** `{pictures, folders}` for a folder inside the input folder. */
-async function listPictures(folder) {
-  const answer = await ask(`/textual_inversion/pictures?${new URLSearchParams({ folder })}`, { cache: "no-store" });
-  if (answer.ok) return await answer.json();
-  if (answer.status === 400) throw new Error((await answer.json()).error);
-  throw new Error(filled(TEXTS.refusedList, { status: answer.status }));
-}
-
-/** Uploads a file into the input folder and returns its name there, which differs if the name was taken. */
-async function upload(file, name, folder, overwrite) {
-  const body = new FormData();
-  body.append("image", file, name);
-  body.append("type", "input");
-  body.append("subfolder", folder);
-  if (overwrite) body.append("overwrite", "true");
-  const answer = await ask("/upload/image", { method: "POST", body });
-  if (!answer.ok) throw new Error(filled(TEXTS.refused, { name: file.name, status: answer.status }));
-  return (await answer.json()).name;
-}
+const requests = new PictureRequests(TEXTS);
 
 class PictureList {
   constructor(node) {
     this.node = node;
     this.tiles = new Map(); // by folder and picture, so that unchanged thumbnails are not fetched again
+    this.leftOut = []; // {name, reason}
     this.queue = Promise.resolve(); // of uploads, one after the other
     this.newest = 0; // number of the latest request for the list; responses to older ones are ignored
 
@@ -82,15 +58,15 @@ class PictureList {
     this.list.dataset.captureWheel = "true"; // after a click the wheel scrolls the list instead of zooming the canvas
     this.note = element("div", { className: "ti-pictures-note", role: "status", hidden: true });
     this.count = element("span", { className: "ti-pictures-count" });
-    this.input = element("input", { type: "file", multiple: true, accept: "image/*,.txt", hidden: true });
-    const choose = { type: "button", title: TEXTS.addHint, onclick: () => this.input.click() };
-    const plus = element("i", { className: "pi pi-plus" });
-    this.button = element("button", { className: "ti-pictures-add", ...choose }, plus, TEXTS.add);
-    const foot = element("div", { className: "ti-pictures-foot" }, this.count, this.button, this.input);
+    this.input = element("input", { type: "file", multiple: true, accept: "image/*,.heic,.txt,.caption", hidden: true });
+    this.newFolder = button("folder-plus", "", TEXTS.newFolderHint, () => this.nameFolder());
+    this.newFolder.ariaLabel = TEXTS.newFolder;
+    this.button = button("plus", TEXTS.add, TEXTS.addHint, () => this.input.click());
+    const foot = element("div", { className: "ti-pictures-foot" }, this.count, this.newFolder, this.button, this.input);
     const style = element("link", { rel: "stylesheet", href: new URL("load_images.css", import.meta.url) });
-    this.element = element("div", { className: "ti-pictures" }, style, this.list, this.note, foot);
+    this.element = element("div", { className: "ti-pictures ti-colours" }, style, this.list, this.note, foot);
     this.input.onchange = () => {
-      this.add([...this.input.files]);
+      this.add({ files: [...this.input.files], folders: [] });
       this.input.value = "";
     };
     this.element.addEventListener("dragover", (event) => {
@@ -102,10 +78,10 @@ class PictureList {
     });
     this.element.addEventListener("drop", (event) => {
       this.element.classList.remove("ti-over");
-      const files = droppedFiles(event);
-      if (!files.length) return;
+      const things = brought(event.dataTransfer);
+      if (!things) return;
       event.preventDefault(); // so that ComfyUI does not handle the drop as well
-      this.add(files);
+      this.add(things);
     });
   }
 
@@ -113,17 +89,22 @@ class PictureList {
     return this.node.widgets.find((widget) => widget.name === name);
   }
 
-  get folder() {
-    return this.widget("folder").value;
+  /** What the widgets name, as the server is asked for it. */
+  get place() {
+    return { folder: this.widget("folder").value, path: this.widget("path").value.trim() };
   }
 
-  /** Why pictures can be neither shown nor added, or an empty string. */
-  get obstacle() {
+  /** Why pictures cannot be shown, or an empty string. */
+  get hidden() {
     const linked = this.node.inputs?.some(
       (input) => ["folder", "path"].includes(input.widget?.name) && input.link != null,
     );
-    if (linked) return TEXTS.linked;
-    return this.widget("path").value.trim() ? TEXTS.path : "";
+    return linked ? TEXTS.linked : "";
+  }
+
+  /** Why pictures can be neither added nor changed, or an empty string. */
+  get fixed() {
+    return this.hidden || (this.place.path ? TEXTS.path : "");
   }
 
   /** Refreshes after all code that runs now, so that many calls, as while a workflow opens, cause one request. */
@@ -132,136 +113,278 @@ class PictureList {
     this.timer = setTimeout(() => this.refresh());
   }
 
-  /** Requests the list and shows it, with `note` or an error message below it. */
-  async refresh(note = "") {
+  /** Requests the list and shows it, with `notes` or an error message below it. */
+  async refresh(notes = []) {
     clearTimeout(this.timer);
     const turn = ++this.newest;
-    const { folder, obstacle } = this;
-    this.button.disabled = Boolean(obstacle);
-    if (obstacle) return this.show([], folder, obstacle, "", note);
+    const { place, hidden } = this;
+    this.button.disabled = this.newFolder.disabled = Boolean(this.fixed);
+    this.button.title = this.fixed || TEXTS.addHint;
+    if (hidden) return this.show({ pictures: [], left_out: [] }, place, hidden, notes);
     if (!this.count.textContent) this.count.textContent = TEXTS.reading;
     try {
-      const { pictures, folders } = await listPictures(folder);
+      const found = await requests.list(place);
       if (turn !== this.newest) return;
-      this.widget("folder").options.values = folders;
-      const count = filled(pictures.length === 1 ? TEXTS.one : TEXTS.count, { count: pictures.length });
-      this.show(pictures, folder, TEXTS.none, count, note);
+      this.offer(found.folders);
+      this.show(found, place, TEXTS.none, notes);
     } catch (error) {
-      if (turn === this.newest) this.show([], folder, TEXTS.none, "", note || error.message);
+      if (turn !== this.newest) return;
+      this.show({ pictures: [], left_out: [] }, place, TEXTS.none, notes.length ? notes : [error.message]);
     }
   }
 
-  show(pictures, folder, whenEmpty, count, note) {
+  /** Offers these folders in the widget, and one that is named already but not made. */
+  offer(folders) {
+    const { folder } = this.place;
+    const all = ["", ...folders];
+    this.widget("folder").options.values = all.includes(folder) ? all : [...all, folder];
+  }
+
+  show({ pictures, left_out: leftOut }, place, whenEmpty, notes) {
     const tiles = new Map();
     for (const picture of pictures) {
-      const key = JSON.stringify([folder, picture]);
-      tiles.set(key, this.tiles.get(key) ?? makeTile(picture, folder));
+      const key = JSON.stringify([place, picture]);
+      tiles.set(key, this.tiles.get(key) ?? new Tile(this, picture, place));
     }
     this.tiles = tiles;
+    this.leftOut = leftOut;
+    this.notes = notes;
     this.list.classList.toggle("ti-empty", !pictures.length);
-    if (pictures.length) this.list.replaceChildren(...tiles.values());
+    if (pictures.length) this.list.replaceChildren(...[...tiles.values()].map((tile) => tile.element));
     else this.list.replaceChildren(element("i", { className: "pi pi-images" }), whenEmpty);
-    this.count.textContent = count;
-    this.say(note);
+    this.count.textContent = this.hidden ? "" : countText(pictures);
+    this.say();
   }
 
-  say(note) {
-    this.note.textContent = note;
-    this.note.hidden = !note;
+  /** Shows the notes, and which files are left out and why. */
+  say() {
+    const broken = [...this.tiles.values()].filter((tile) => tile.reason);
+    const leftOut = [...this.leftOut, ...broken.map((tile) => ({ name: tile.picture.name, reason: tile.reason }))];
+    const lines = leftOut.slice(0, NAMED).map((file) => filled(TEXTS.leftOut, file));
+    if (leftOut.length > NAMED) lines.push(filled(TEXTS.more, { count: leftOut.length - NAMED }));
+    this.note.textContent = [...this.notes, ...lines].join("\n");
+    this.note.hidden = !this.note.textContent;
   }
 
-  /** Adds pictures and captions to the folder, once earlier uploads are done. */
-  add(files) {
-    this.queue = this.queue.then(() => this.addNow(files));
-  }
-
-  async addNow(files) {
-    if (this.obstacle) return this.say(this.obstacle);
-    const notes = [];
-    const strange = files.filter((file) => !isPicture(file) && !isCaption(file));
-    if (strange.length) notes.push(filled(TEXTS.skipped, { names: strange.map((file) => file.name).join(", ") }));
-    this.button.disabled = true;
-    try {
-      notes.push(...(await this.save(files.filter(isPicture), files.filter(isCaption))));
-    } catch (error) {
-      notes.push(error.message);
+  /** What a run has left out: files whose damage is only found when they are read to their end. */
+  ran(leftOut) {
+    for (const tile of this.tiles.values()) {
+      tile.reason = leftOut.find(({ name }) => name === tile.picture.name)?.reason ?? "";
     }
-    await this.refresh(notes.join(" "));
+    if (this.hidden) this.leftOut = leftOut;
+    this.say();
   }
 
-  /** Uploads pictures, then captions that belong to a picture. Returns messages for the user. */
-  async save(pictures, captions) {
-    const notes = [];
-    const chosen = this.folder;
-    const { folders } = await listPictures(chosen);
-    const folder = chosen === "." && pictures.length ? freeName(folders) : chosen;
-    const subfolder = folder === "." ? "" : folder;
-    const names = new Map(); // of the pictures: original name -> name in the folder
-    try {
-      for (const [index, file] of pictures.entries()) {
-        this.count.textContent = filled(TEXTS.adding, { number: index + 1, count: pictures.length });
-        names.set(file.name, await upload(file, file.name, subfolder, false));
-      }
-    } finally {
-      if (names.size && folder !== chosen) this.choose(folder, folders);
-    }
-
-    const listed = (await listPictures(folder)).pictures;
-    const missing = [...names.values()].filter((name) => !listed.some((picture) => picture.name === name));
-    if (missing.length) notes.push(filled(TEXTS.unreadable, { names: missing.join(", ") }));
-    for (const file of captions) {
-      const renamed = [...names].find(([original]) => stem(original) === stem(file.name));
-      const wanted = stem(renamed ? renamed[1] : file.name);
-      const picture = listed.find(({ name }) => stem(name) === wanted);
-      if (!picture) notes.push(filled(TEXTS.noPicture, file));
-      else if (!picture.caption) await upload(file, `${wanted}.txt`, subfolder, true); // replaces only empty ones
-      else if (picture.caption !== (await file.text()).trim()) notes.push(filled(TEXTS.captionKept, file));
-    }
-    return notes;
+  /** Asks for the name of a new folder and chooses it; it is made when pictures are added. */
+  async nameFolder() {
+    const question = { title: TEXTS.newFolder, message: TEXTS.newFolderQuestion, defaultValue: "" };
+    const name = await app.extensionManager.dialog.prompt(question);
+    if (name?.trim()) this.choose(name.trim());
   }
 
-  /** Sets the `folder` widget to a new folder that is not among its options yet. */
-  choose(folder, folders) {
+  /** Sets the `folder` widget to a folder that may not be among its options. */
+  choose(folder) {
     const widget = this.widget("folder");
-    widget.options.values = [...folders, folder];
+    const { values } = widget.options;
+    if (!values.includes(folder)) widget.options.values = [...values, folder];
     widget.value = folder;
     widget.callback?.(folder);
     this.node.setDirtyCanvas(true, true);
   }
+
+  /** Adds pictures and captions to the folder, once earlier uploads are done. */
+  add(things) {
+    this.queue = this.queue.then(() => this.addNow(things));
+  }
+
+  async addNow({ files, folders }) {
+    if (this.fixed) return this.refresh([this.fixed]);
+    this.button.disabled = true;
+    const notes = [];
+    try {
+      const all = [...files, ...(await Promise.all(folders.map(filesIn))).flat()];
+      const strange = all.filter((file) => !isPicture(file) && !isCaption(file));
+      if (strange.length) notes.push(filled(TEXTS.skipped, { names: strange.map((file) => file.name).join(", ") }));
+      const name = folders.length === 1 && !files.length ? folders[0].name : NEW_FOLDER;
+      const captions = all.filter(isCaption);
+      const pictures = all.filter((file) => isPicture(file) && !isCaption(file));
+      notes.push(...(await this.save(pictures, captions, name)));
+    } catch (error) {
+      notes.push(error.message);
+    }
+    await this.refresh(notes);
+  }
+
+  /** Uploads pictures, then captions that belong to a picture. Returns messages for the user. */
+  async save(pictures, captions, newFolder) {
+    const notes = [];
+    const chosen = this.place.folder;
+    const { folders } = await requests.list({ folder: chosen });
+    const folder = ["", "."].includes(chosen) && pictures.length ? freeName(newFolder, folders) : chosen;
+    const names = new Map(); // of the pictures: original name -> name in the folder
+    try {
+      for (const [index, file] of pictures.entries()) {
+        this.count.textContent = filled(TEXTS.adding, { number: index + 1, count: pictures.length });
+        try {
+          names.set(file.name, await requests.add(folder, file));
+        } catch (error) {
+          if (!(error instanceof Refused)) throw error;
+          notes.push(filled(TEXTS.leftOut, { name: file.name, reason: error.message.replace(/\.$/, "") }));
+        }
+      }
+    } finally {
+      if (names.size && folder !== chosen) this.choose(folder);
+    }
+    const listed = captions.length ? (await requests.list({ folder })).pictures : [];
+    for (const file of captions) notes.push(...(await saveCaption(file, folder, names, listed)));
+    return notes;
+  }
+
+  /** Shows the picture of a tile in full size, with its caption to be written. */
+  enlarge(tile) {
+    const tiles = [...this.tiles.values()];
+    const { place } = tile;
+    const pictures = tiles.map(({ picture }) => ({
+      picture,
+      src: thumbnail(place, picture, "large"),
+      title: picture.name,
+    }));
+    let save = () => {};
+    const below = ({ picture }, dialog) => {
+      save(); // the caption of the picture before
+      const about = [picture.name, filled(TEXTS.size, picture), picture.masked ? TEXTS.masked : ""].filter(Boolean);
+      const line = element("div", { textContent: about.join(", ") });
+      const text = element("textarea", { value: picture.caption, placeholder: TEXTS.caption, rows: 3 });
+      text.readOnly = Boolean(this.fixed);
+      save = () => this.writeCaption(picture, text.value);
+      if (this.fixed) return [line, text];
+      const remove = async () => {
+        dialog.close();
+        await this.remove(picture);
+      };
+      return [line, text, button("trash", TEXTS.remove, "", remove)];
+    };
+    showFullSize(this.element, pictures, tiles.indexOf(tile), below).addEventListener("close", () => save());
+  }
+
+  async writeCaption(picture, caption) {
+    if (this.fixed || caption.trim() === picture.caption) return;
+    picture.caption = caption.trim(); // so that it is written once
+    await this.change(requests.writeCaption(this.place.folder, picture.name, caption));
+  }
+
+  /** Deletes a picture and its caption after the user has agreed. */
+  async remove({ name, caption_file: caption }) {
+    const { folder } = this.place;
+    const message = filled(TEXTS.removeQuestion, { folder: folder === "." ? "input" : folder });
+    const itemList = caption ? [name, caption] : [name];
+    const agreed = await app.extensionManager.dialog.confirm({ title: TEXTS.remove, message, itemList, type: "delete" });
+    if (agreed) await this.change(requests.remove(folder, name));
+  }
+
+  /** Refreshes when a change is done, with what the server says against it. */
+  async change(request) {
+    try {
+      await request;
+      await this.refresh();
+    } catch (error) {
+      await this.refresh([error.message]);
+    }
+  }
 }
 
-/** `pictures`, or `pictures-2`, `pictures-3` ... if that folder exists. */
-function freeName(folders) {
+/** A thumbnail in the list. `reason` says why its picture cannot be used, if so. */
+class Tile {
+  constructor(list, picture, place) {
+    Object.assign(this, { list, picture, place, reason: "" });
+    const { name, caption, masked } = picture;
+    const image = element("img", { alt: name, loading: "lazy", draggable: false });
+    image.src = thumbnail(place, picture, "small");
+    image.onerror = async () => {
+      image.replaceWith(element("i", { className: "pi pi-image" }));
+      this.reason = await requests.whyNot(image.src);
+      list.say();
+    };
+    const marks = element("div", { className: "ti-marks" });
+    const mark = (kind, ariaLabel) => marks.append(element("i", { className: `ti-mark ${kind}`, ariaLabel }));
+    if (caption) mark("ti-mark-caption pi pi-align-left", TEXTS.captioned);
+    if (masked) mark("ti-mark-mask", TEXTS.masked);
+    const open = element("button", { type: "button", className: "ti-open" }, image, marks);
+    open.onclick = () => list.enlarge(this);
+    open.title = [name, filled(TEXTS.size, picture), caption, masked ? TEXTS.masked : "", TEXTS.open]
+      .filter(Boolean)
+      .join("\n");
+    this.element = element("div", { className: "ti-picture" }, open);
+    if (list.fixed) return;
+    const remove = button("times", "", `${TEXTS.remove}: ${name}`, () => list.remove(picture));
+    remove.classList.add("ti-remove");
+    this.element.append(remove);
+  }
+}
+
+/** Makes a dropped text the caption of its picture. Returns messages for the user. */
+async function saveCaption(file, folder, names, listed) {
+  const wanted = captionStem(file.name); // cat of cat.txt, or cat.png of cat.png.txt
+  const belongs = (name) => name === wanted || stem(name) === wanted;
+  const renamed = [...names].find(([original]) => belongs(original));
+  const picture = listed.find(({ name }) => (renamed ? name === renamed[1] : belongs(name)));
+  if (!picture) return [filled(TEXTS.noPicture, file)];
+  if (picture.caption) {
+    return picture.caption === (await file.text()).trim() ? [] : [filled(TEXTS.captionKept, file)];
+  }
+  try {
+    await requests.writeCaption(folder, picture.name, file);
+    return [];
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    return [filled(TEXTS.leftOut, { name: file.name, reason: error.message })];
+  }
+}
+
+function button(icon, text, title, onclick) {
+  const sign = element("i", { className: `pi pi-${icon}` });
+  return element("button", { type: "button", className: "ti-button", title, onclick }, sign, text);
+}
+
+function countText(pictures) {
+  const count = filled(pictures.length === 1 ? TEXTS.one : TEXTS.count, { count: pictures.length });
+  const captions = pictures.filter(({ caption }) => caption).length;
+  return captions ? filled(TEXTS.captions, { pictures: count, captions }) : count;
+}
+
+/** The name, or name-2, name-3 ... if that folder exists. */
+function freeName(wanted, folders) {
   const taken = new Set(folders.map((folder) => folder.toLowerCase())); // some file systems ignore case
-  let name = NEW_FOLDER;
-  for (let number = 2; taken.has(name); number++) name = `${NEW_FOLDER}-${number}`;
+  let name = wanted;
+  for (let number = 2; taken.has(name.toLowerCase()); number++) name = `${wanted}-${number}`;
   return name;
 }
 
-function makeTile({ name, caption, modified, width, height, masked }, folder) {
-  const image = element("img", { alt: name, loading: "lazy", draggable: false });
-  image.src = api.apiURL(`/textual_inversion/thumbnail?${new URLSearchParams({ folder, name, modified })}`);
-  const marks = element("div", { className: "ti-marks" });
-  const mark = (kind, ariaLabel) => marks.append(element("i", { className: `ti-mark ${kind}`, ariaLabel }));
-  if (caption) mark("ti-mark-caption pi pi-align-left", TEXTS.captioned);
-  if (masked) mark("ti-mark-mask", TEXTS.masked);
-  const hint = [name, filled(TEXTS.size, { width, height }), caption, masked ? TEXTS.masked : ""].filter(Boolean);
-  const tile = element("div", { className: "ti-picture", title: hint.join("\n") }, image, marks);
-  image.onerror = () => {
-    image.replaceWith(element("i", { className: "pi pi-image" }));
-    tile.title = [name, TEXTS.noThumbnail].join("\n");
-  };
-  return tile;
-}
-
 const lists = new Set();
+
+/** The list that has the focus, or that of the only selected node if nothing has. */
+function pastedInto(target) {
+  const all = [...lists];
+  const focused = all.find((list) => list.element.contains(target));
+  if (focused || target.closest("input, textarea, [contenteditable]")) return focused;
+  const [selected, ...others] = Object.values(app.canvas.selected_nodes ?? {});
+  return others.length ? undefined : all.find((list) => list.node === selected);
+}
 
 app.registerExtension({
   name: "textualinversion.LoadImages",
 
   setup() {
-    // A node without output to show has no event at its end. Files may have changed since the last refresh.
-    api.addEventListener("execution_start", () => lists.forEach((list) => list.refreshSoon()));
+    api.addEventListener("execution_start", () => lists.forEach((list) => list.refreshSoon())); // files may have changed
+    // Before ComfyUI's own listener, which would make a Load Image node for a pasted picture.
+    document.addEventListener("paste", (event) => {
+      const list = pastedInto(event.target);
+      const things = list && !event.target.matches("textarea") && brought(event.clipboardData);
+      if (!things) return;
+      event.preventDefault();
+      event.stopImmediatePropagation();
+      list.add(things);
+    }, true);
   },
 
   nodeCreated(node) {
@@ -274,16 +397,21 @@ app.registerExtension({
     });
     widget.serialize = false;
     node.setSize([Math.max(node.size[0], SIZE[0]), Math.max(node.size[1], SIZE[1])]);
+    const folder = list.widget("folder");
+    folder.value = ""; // ComfyUI would begin with the first folder there is
+    folder.options.getOptionLabel = (value) => value || TEXTS.newFolder;
+    folder.options.placeholder = TEXTS.newFolder;
 
     const refresh = () => list.refreshSoon();
     for (const name of ["folder", "path"]) after(list.widget(name), "callback", refresh);
     for (const name of ["onConfigure", "onConnectionsChange", "refreshComboInNode"]) after(node, name, refresh);
+    after(node, "onExecuted", ({ left_out: leftOut }) => list.ran(leftOut ?? []));
     after(node, "onRemoved", () => lists.delete(list));
     node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file");
     node.onDragDrop = (event) => {
-      const files = droppedFiles(event);
-      if (files.length) list.add(files);
-      return files.length > 0;
+      const things = brought(event.dataTransfer);
+      if (things) list.add(things);
+      return Boolean(things);
     };
     lists.add(list);
     refresh();

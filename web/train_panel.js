@@ -5,6 +5,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { showFullSize } from "./lib/full_size.js";
 import { LossChart } from "./lib/loss_chart.js";
 import { after, element, filled } from "./lib/page.js";
 import { texts } from "./lib/texts.js";
@@ -121,7 +122,7 @@ class TrainPanel {
     this.run = element("div", { className: "ti-run" }, this.lines, this.chart.root, this.strip.root, buttons);
     new ResizeObserver(() => this.fit()).observe(this.lines); // a message takes as many lines as it needs
     const style = element("link", { rel: "stylesheet", href: new URL("train_panel.css", import.meta.url) });
-    this.root = element("div", { className: "ti-train" }, style, this.hint, this.run);
+    this.root = element("div", { className: "ti-train ti-colours" }, style, this.hint, this.run);
     leaveToCanvas(this.root, this.strip.root);
 
     this.run.hidden = true;
@@ -218,10 +219,21 @@ class FilmStrip {
     const image = element("img", { src, alt: label, draggable: false });
     image.style.aspectRatio = aspect; // known before the picture is loaded, so that the strip can scroll to its end
     const frame = element("button", { type: "button", title: label }, image, element("span", { textContent: label }));
-    frame.onclick = () => showFullSize(frame);
-    frame.keep = result ? null : () => keepPicture(this.run, step);
+    frame.onclick = () => {
+      const frames = [...this.root.children];
+      showFullSize(this.root.closest(".ti-train"), frames.map(({ picture }) => picture), frames.indexOf(frame), below);
+    };
+    frame.picture = { src, title: label, keep: result ? null : () => keepPicture(this.run, step) };
     return frame;
   }
+}
+
+/** What stands under a preview picture in full size: its step, and the button that keeps its embedding. */
+function below({ title, keep }) {
+  const line = element("div", { className: "ti-kept" }, title);
+  const button = { type: "button", textContent: TEXTS.keep, title: TEXTS.keepHelp, onclick: keep };
+  if (keep) line.append(element("button", button));
+  return [line];
 }
 
 /** Makes what the preview of this step shows the result of the run; after its end the server saves it. */
@@ -234,33 +246,6 @@ async function keepPicture(run, step) {
 
 function tell(severity, summary, detail) {
   app.extensionManager.toast.add({ severity, summary, detail, life: 8000 });
-}
-
-/** Shows a picture of the strip in a dialog; the arrow keys go to the next and the previous one. */
-function showFullSize(frame) {
-  const image = element("img");
-  const caption = element("span");
-  const onclick = () => frame.keep();
-  const keep = element("button", { type: "button", textContent: TEXTS.keep, title: TEXTS.keepHelp, onclick });
-  const dialog = element("dialog", { className: "ti-full-size" }, image, element("div", {}, caption, keep));
-  const turnTo = (next) => {
-    if (!next) return;
-    frame = next;
-    image.src = frame.querySelector("img").src;
-    image.alt = caption.textContent = frame.title;
-    keep.hidden = !frame.keep;
-  };
-  turnTo(frame);
-  dialog.onclick = () => dialog.close();
-  dialog.onclose = () => dialog.remove();
-  dialog.onwheel = (event) => event.stopPropagation(); // otherwise the canvas behind it zooms
-  dialog.onkeydown = (event) => {
-    event.stopPropagation(); // otherwise ComfyUI's shortcuts react to it
-    if (event.key === "ArrowLeft") turnTo(frame.previousElementSibling);
-    if (event.key === "ArrowRight") turnTo(frame.nextElementSibling);
-  };
-  frame.closest(".ti-train").append(dialog);
-  dialog.showModal();
 }
 
 /** Passes wheel and middle button on to the canvas, as text fields of a node do. Sideways, the strip scrolls. */

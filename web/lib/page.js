@@ -10,12 +10,12 @@ export function filled(text, values) {
   return text.replace(/\{(\w+)\}/g, (_, name) => values[name]);
 }
 
-/** Wraps the method `name` of a node or widget so that `more` runs after it. */
+/** Wraps the method `name` of a node or widget so that `more` runs after it, with the same arguments. */
 export function after(object, name, more) {
   const first = object[name];
   object[name] = function (...values) {
     const result = first?.apply(this, values);
-    more();
+    more(...values);
     return result;
   };
 }

@@ -1,0 +1,34 @@
+/* What people bring: pictures and captions, dropped with or without their folder, or pasted. */
+
+const PICTURE = /\.(avif|bmp|gif|heic|heif|jpe?g|png|tiff?|webp)$/i;
+const CAPTION = /\.(txt|caption)$/i;
+
+export const isPicture = (file) => file.type.startsWith("image/") || PICTURE.test(file.name);
+export const isCaption = (file) => CAPTION.test(file.name);
+/** NAME of the captions NAME.txt and NAME.caption. */
+export const captionStem = (name) => name.replace(CAPTION, "");
+export const stem = (name) => name.replace(/\.[^.]*$/, "");
+
+/** `{files, folders}` of a drop or a paste, or null if nothing of it is for us, such as a workflow. */
+export function brought(dataTransfer) {
+  const items = [...(dataTransfer?.items ?? [])].filter((item) => item.kind === "file");
+  const entries = items.map((item) => item.webkitGetAsEntry()); // only now: it is empty after the event
+  const folders = entries.filter((entry) => entry?.isDirectory);
+  const files = items.filter((_, index) => !entries[index]?.isDirectory).map((item) => item.getAsFile());
+  const ours = folders.length || files.some((file) => isPicture(file) || isCaption(file));
+  return ours ? { files, folders } : null;
+}
+
+/** All files in a folder and in those below it, but hidden ones. */
+export async function filesIn(folder) {
+  const reader = folder.createReader();
+  const found = [];
+  for (;;) {
+    const entries = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // some 100 at a time
+    if (!entries.length) return found;
+    for (const entry of entries.filter(({ name }) => !name.startsWith("."))) {
+      if (entry.isDirectory) found.push(...(await filesIn(entry)));
+      else found.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
+    }
+  }
+}
