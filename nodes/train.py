@@ -18,7 +18,6 @@ from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, Sett
 from .state_file import StateFile
 from .training_run import Request, run_training
 
-
 LIST_AS_TEXT = re.compile(r"\[\s*(['\"].*['\"]|[\d., ]*|None.*)\s*\]", re.DOTALL)
 
 

@@ -201,7 +201,7 @@ class TrainingRun:
                 if last.number and self.live.stop.is_set():  # one loss alone is no curve for Plot Loss Graph
                     last = steps.send(True)
                     self.note_fixed_loss(last)
-                    return last, f"Stopped by hand. {more_steps(last.progress)}"
+                    return last, f"Stopped by hand. {more_steps(last.progress, self.config)}"
                 began = time.perf_counter()
             return last, ""
         except TrainingStopped as error:
