@@ -218,7 +218,7 @@ class TrainingRun:
             return last, f"Stopped by hand to keep what the preview of step {last.best_step} shows."
         last = steps.send(True)
         self.note_fixed_loss(last)
-        return last, f"Stopped by hand. {more_steps(last.progress)}"
+        return last, f"Stopped by hand. {more_steps(last.progress, self.config)}"
 
     def begin(self, first: Step, saved: dict[str, Any] | None) -> None:
         """Takes over the curves of a saved run, and tells where training starts."""

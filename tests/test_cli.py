@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def test_train_then_draw(model, tmp_path):
     assert word.metadata["base_model"] == model.name
     assert '"seed": 3' in word.metadata["settings"]
     assert "4/4" in done.stderr
-    assert "Loss on fixed noise" in done.stderr
+    assert re.search(r"learned from 4 pictures \(.*\), initialized from 'heart'", done.stderr)
+    assert "Ended at the upper bound" in done.stderr
     assert re.search(r"a batch of 4 takes about \d+\.\d GB beside the model's \d+\.\d GB", done.stderr)
 
     done = call("generate", "--model", model, "--embedding", path, "--prompt", "a photo of {} in the snow",
@@ -59,25 +61,48 @@ def test_train_then_draw(model, tmp_path):
     assert not np.array_equal(pixels[:, :64], pixels[:, 64:])
 
 
-def test_ctrl_c_keeps_the_best_so_far(model, tmp_path):
-    command = [*COMMAND, "train", "--model", model, "--images", PICTURES, "--steps", "100000", "--evaluate-every", "1"]
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def disturbed(model, folder, until: bytes, act: Callable[[subprocess.Popen], object], *more: str):
+    """Exit code and output of a training that something is done to once ``until`` is on its progress bar."""
+    command = [*COMMAND, "train", "--model", model, "--images", PICTURES, *more]
     # Programs started in the background of a script inherit an ignored SIGINT; this one is in the foreground.
     foreground = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=tmp_path, preexec_fn=foreground, stdout=pipe, stderr=pipe) as process:
+    with subprocess.Popen(command, cwd=folder, preexec_fn=foreground, stdout=pipe, stderr=pipe) as process:
         assert process.stderr is not None
         try:
             seen = b""
-            while b"at step 3" not in seen:  # the progress bar
+            while until not in seen:
                 assert process.poll() is None, seen
                 seen += os.read(process.stderr.fileno(), 4096)
-            process.send_signal(signal.SIGINT)
+            act(process)
             out, error = process.communicate(timeout=120)
         finally:
             process.kill()
-    assert process.returncode == 130
-    assert b"Interrupted at step" in error
-    assert int(formats.read(tmp_path / out.decode().strip()).metadata["steps"]) > 0
+    return process.returncode, out.decode().strip(), error.decode()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_keeps_what_was_learned_until_then(model, tmp_path, number):
+    """No evaluation was due by then: it is made up for, as with *Stop and keep*."""
+    options = ("--init", "heart", "--evaluate-every", "10000", "--steps", "100000")
+    code, out, error = disturbed(model, tmp_path, b" 3/", lambda process: process.send_signal(number), *options)
+    assert code == SIGNALS[number]
+    (step,) = re.findall(r"Interrupted at step (\d+)\.", error)
+    assert formats.read(tmp_path / out).metadata["steps"] == step
+    assert int(step) >= 3
+    assert "whether more steps would help" in error
+    assert "Traceback" not in error
+
+
+def test_a_signal_before_training_ends_the_program(model, tmp_path):
+    code, out, error = disturbed(model, tmp_path, b"looking for a word", lambda p: p.send_signal(signal.SIGINT))
+    assert (code, out) == (130, "")
+    assert "Interrupted." in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_inspect_and_convert(tmp_path):
@@ -130,6 +155,52 @@ def test_errors_are_a_sentence_and_an_exit_code(arguments, code, message, tmp_pa
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "file/word"], "file cannot be written to (File exists): choose another --output"),
+        (["--output", "file/deeper/word"], "file/deeper cannot be written to (Not a directory)"),
+        (["--output", "a.b.pt"], "must not contain slashes, dots or colons"),
+        (["--output", "nul"], "cannot be the name of a file"),
+        (["--output", "\u732b" * 90], "cannot be written to (File name too long)"),
+        (["--vectors", "75"], "has no room for 75 vectors"),
+    ],
+)
+def test_what_would_lose_the_result_is_told_before_training(model, tmp_path, arguments, message):
+    (tmp_path / "file").touch()
+    done = call("train", "--model", model, "--images", PICTURES, "--steps", 4, *arguments, folder=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert message in done.stderr
+    assert "step/s" not in done.stderr
+    assert "looking for a word" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_output_may_be_a_folder(model, tmp_path):
+    (tmp_path / "words").mkdir()
+    for number in ("", "-2"):
+        options = ("--token", "<toy>", "--init", "heart", "--steps", 2, "--output", "words")
+        done = call("train", "--model", model, "--images", PICTURES, *options, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == f"words/toy{number}.safetensors"
+
+
+def test_a_folder_that_goes_away_meanwhile_loses_nothing(model, tmp_path):
+    """The result goes to the next folder that takes it."""
+    words = tmp_path / "words"
+
+    def replace_by_a_file(_process):
+        words.rmdir()
+        words.touch()
+
+    options = ("--token", "<toy>", "--init", "heart", "--steps", "60", "--output", "words/toy")
+    code, out, error = disturbed(model, tmp_path, b" 3/", replace_by_a_file, *options)
+    assert code == 0, error
+    assert "words cannot be written to (File exists)" in error
+    assert out == "toy.safetensors"
+    assert formats.read(tmp_path / out).trigger == "<toy>"
 
 
 def test_help_is_the_settings_own(tmp_path):

@@ -244,19 +244,25 @@ def test_report_tells_chance_from_learning_and_how_it_ended(trainable):
     assert progress.gain.certain == (progress.gain.mean > CERTAIN * progress.gain.error)
     assert "Ended at the upper bound" in how_it_ended(progress, config)
     assert ("raise steps and run again" in how_it_ended(progress, config)) == (progress.flat == 0)
-    forever = how_it_ended(progress, TrainConfig(steps=4, patience=0))
-    assert "run again" not in forever, "such a run cannot go on"
-    assert ("more steps would help" in forever) == (progress.flat == 0)
+    assert "run again" not in how_it_ended(progress, TrainConfig(steps=4, patience=0)), "such a run cannot go on"
 
 
+@pytest.mark.parametrize("patience", [0, 2])
 @pytest.mark.parametrize(
-    ("released", "flat", "told"),
-    [(None, 0, "had not begun to learn"), (5, 0, "more steps would help"), (5, 2, "more would hardly help")],
+    ("released", "step", "flat", "told"),
+    [
+        (None, 9, 0, "had not begun to learn"),
+        (5, 9, 1, "too early to tell"),
+        (5, 99, 0, "more steps would help"),
+        (5, 9999, 2, "more would hardly help"),
+    ],
 )
-def test_report_tells_whether_more_steps_would_help(trainable, released, flat, told):
+def test_report_tells_whether_more_steps_would_help(trainable, released, step, flat, told, patience):
     _, start = trainable
-    progress = replace(next(start(TrainConfig(), ["{}"])[2]).progress, released=released, flat=flat)
-    assert told in more_steps(progress)
+    config = TrainConfig(patience=patience)
+    first = next(start(config, ["{}"])[2]).progress
+    progress = replace(first, released=released, step=step, flat=flat, agreement=0.5)
+    assert told in more_steps(progress, config)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def _follow(steps: Generator[Step, bool | None], config: TrainConfig, stop: Stop
                 bar.set_postfix_str(f"fixed loss {step.best_loss:.4f} at step {step.best_step}")
                 if stop.code:
                     step = steps.send(True)
-                    return step, f"Interrupted at step {step.number}. {more_steps(step.progress)}"
+                    return step, f"Interrupted at step {step.number}. {more_steps(step.progress, config)}"
     except TrainingStopped as error:
         return step, str(error)
     except KeyboardInterrupt:  # the second one

@@ -16,12 +16,13 @@ from .evaluation import CERTAIN
 from .optimizers import OPTIMIZERS, learning_rate
 from .prompts import place_trigger
 from .state import Progress
-from .training import Step, finished, still_improving
+from .training import Step, earliest_end, finished, still_improving
 
 # Prompts that training does not use, to see what the embedding does to the words beside it.
 UNSEEN = ("{} on the beach", "{} in the snow at night", "a red {} wearing a hat", "a drawing of {} and a dog")
 GOOD = 0.9  # of the outputs for those prompts stay as they are with the initializer
 LENGTH_WARNING = 3.0  # times the length of a word's vector: longer vectors drown other words
+MOST_STEPS = 100_000
 VERY_SMALL, VERY_LARGE = 0.1, 2.5  # times the usual learning rate: it decides what comes out
 
 
@@ -63,8 +64,10 @@ def report(
         f"{steps}. {ended or how_it_ended(progress, config)}",
         what_was_learned(progress, origin),
         f"Good for prompts: {unaffected:.0%} unaffected by the word ({GOOD:.0%} and more is good).",
-        f"The pictures agree on what to learn: {in_words(progress.agreement)} ({progress.agreement:.2f}).",
     ]
+    if last.number > 1:  # of one gradient nothing is known
+        agreement = progress.agreement
+        lines.append(f"The pictures agree on what to learn: {in_words(agreement)} ({agreement:.2f}).")
     if rate := unusual_rate(config):
         lines.append(rate)
     if progress.skipped:
@@ -96,13 +99,17 @@ def how_it_ended(progress: Progress, config: TrainConfig) -> str:
         return "Ended by itself: the last steps brought nothing measurable, and more would hardly help."
     if still_improving(progress, config):
         return "Ended at the upper bound, still improving: raise steps and run again to go on."
-    return f"Ended at the upper bound. {more_steps(progress)}"
+    return f"Ended at the upper bound. {more_steps(progress, config)}"
 
 
-def more_steps(progress: Progress) -> str:
+def more_steps(progress: Progress, config: TrainConfig) -> str:
     """Whether more steps would have helped a run that ended here."""
     if progress.released is None:
         return "The word had not begun to learn: more steps would help."
+    # Where training may end by itself there is enough to tell.
+    endless = replace(config, steps=MOST_STEPS, patience=max(1, config.patience))
+    if progress.step < earliest_end(progress, endless):
+        return "It was too early to tell whether more steps would help."
     if progress.flat == 0:
         return "It was still improving: more steps would help."
     return "The last steps brought nothing measurable: more would hardly help."

@@ -6,37 +6,9 @@ import { brought, captionStem, filesIn, isCaption, isPicture, stem } from "./lib
 import { showFullSize } from "./lib/full_size.js";
 import { after, element, filled } from "./lib/page.js";
 import { PictureRequests, Refused, thumbnail } from "./lib/picture_requests.js";
+import { texts } from "./lib/texts.js";
 
-const TEXTS = {
-  add: "Add pictures",
-  addHint: "Add pictures, and text files with captions: cat.txt is the caption of cat.png.",
-  newFolder: "New folder",
-  newFolderHint: "Name a new folder. It is made when pictures are added.",
-  newFolderQuestion: "Name of the new folder, inside ComfyUI's input folder:",
-  none: "Drop pictures here",
-  reading: "Reading the folder",
-  one: "1 picture",
-  count: "{count} pictures",
-  captions: "{pictures}, {captions} with captions",
-  adding: "Adding {number} of {count}",
-  size: "{width} × {height}",
-  masked: "Has a mask: parts of it are transparent.",
-  captioned: "Has a caption.",
-  caption: "No caption: write one here.",
-  open: "Enlarge, or write a caption.",
-  remove: "Delete",
-  removeQuestion: "Delete from the folder {folder}? This cannot be undone.",
-  leftOut: "Left out {name}: {reason}.",
-  more: "Left out {count} more files.",
-  path: "Clear 'path' to add or change pictures: it only shows a folder.",
-  linked: "The folder comes from another node, so its pictures cannot be shown here.",
-  skipped: "Skipped, neither a picture nor a caption: {names}.",
-  noPicture: "Skipped {name}: there is no picture with that name.",
-  captionKept: "Skipped {name}: the picture already has another caption.",
-  refused: "ComfyUI refused this (error {status}): look at its log.",
-  tooLarge: "it is larger than ComfyUI accepts (see its option --max-upload-size)",
-  noResponse: "ComfyUI does not respond: check whether it is still running.",
-};
+const TEXTS = await texts("pictures");
 
 const NODE = "TI_LoadImages";
 const NEW_FOLDER = "pictures"; // made for pictures that are added while no folder of their own is chosen
@@ -97,7 +69,7 @@ class PictureList {
   /** Why pictures cannot be shown, or an empty string. */
   get hidden() {
     const linked = this.node.inputs?.some(
-      (input) => ["folder", "path"].includes(input.widget?.name) && input.link != null,
+      (input, slot) => ["folder", "path"].includes(input.widget?.name) && this.node.isInputConnected(slot),
     );
     return linked ? TEXTS.linked : "";
   }
@@ -393,6 +365,7 @@ app.registerExtension({
     const widget = node.addDOMWidget("pictures", "ti_pictures", list.element, {
       serialize: false,
       hideOnZoom: false,
+      hideInPanel: true, // it has no value to set
       getMinHeight: () => HEIGHT,
     });
     widget.serialize = false;
