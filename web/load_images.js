@@ -339,7 +339,7 @@ function pastedInto(target) {
   const all = [...lists];
   const focused = all.find((list) => list.element.contains(target));
   if (focused || target.closest("input, textarea, [contenteditable]")) return focused;
-  const [selected, ...others] = Object.values(app.canvas.selected_nodes ?? {});
+  const [selected, ...others] = app.canvas.selectedItems;
   return others.length ? undefined : all.find((list) => list.node === selected);
 }
 
