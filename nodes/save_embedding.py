@@ -1,4 +1,7 @@
-from comfy_api.latest import io, ui
+from pathlib import Path
+
+from comfy_api.latest import io
+from PIL import Image
 
 from ..textual_inversion import formats
 from ..textual_inversion.pictures import to_pillow
@@ -34,7 +37,12 @@ class SaveEmbedding(io.ComfyNode):
                     "others are for tools that need their own format: a diffusers file (SDXL: two), A1111's pt, "
                     "learned_embeds.bin, or a picture that contains the embedding.",
                 ),
-                io.Image.Input("picture", optional=True, tooltip="The picture of a PNG card, such as a preview."),
+                io.Image.Input(
+                    "picture",
+                    optional=True,
+                    tooltip="Such as the previews of Train. The last one becomes the thumbnail of the file, or the "
+                    "picture of a PNG card.",
+                ),
             ],
             outputs=[io.String.Output(display_name="prompt", tooltip="embedding:NAME, for use in any prompt.")],
         )
@@ -55,5 +63,21 @@ class SaveEmbedding(io.ComfyNode):
         prompt, text = f"embedding:{names[0].removesuffix(chosen.suffix)}", ""
         if len(written) > 1 or not chosen.stock_reads_it:  # Load Embedding reads them
             prompt, text = "", " and ".join(names)
-        hint = formats.prompt_hint(embedding, format)
-        return io.NodeOutput(prompt, ui=ui.PreviewText(". ".join(filter(None, [text or prompt, hint]))))
+        told = [text or prompt, formats.prompt_hint(embedding, format)]
+        if prompt:
+            told.append(
+                f"Saved {names[0]} in the embeddings folder. Write {prompt} in prompts for the same model family."
+            )
+            if shown:
+                told.append(_save_thumbnail(written[0], shown))
+        return io.NodeOutput(prompt, ui={"text": [line for line in told if line]})
+
+
+def _save_thumbnail(file: Path, picture: Image.Image) -> str:
+    """Writes NAME.preview.png, where ComfyUI's model library, A1111 and LoRA managers look, and says so or why not."""
+    path = file.with_name(f"{file.stem}.preview.png")
+    try:
+        picture.save(path)
+    except OSError as error:
+        return f"No thumbnail: {error.strerror or error}."
+    return f"Its thumbnail is {path.name}."

@@ -40,6 +40,7 @@ MAIN_FIELDS = (
     "preview_every",
 )
 FOLDED_FIELDS = {"editability", "size", "seed", "gradient_checkpointing"}  # behind "Show advanced inputs"
+ADDED_LATER = {"preview_negative", "preview_sampler", "preview_scheduler"}  # optional: older API graphs lack them
 RARE_FIELDS = tuple(name for name in _FIELDS if name not in MAIN_FIELDS)
 
 
@@ -50,6 +51,8 @@ def widget(name: str) -> io.Input:
     """
     item, input_id = _FIELDS[name], _SAVED_NAMES[name]
     common: dict[str, Any] = {"default": item.default, "tooltip": _HELP[name]}
+    if name in ADDED_LATER:
+        common["optional"] = True
     if name in FOLDED_FIELDS:
         common["advanced"] = True
     if input_id != name:

@@ -293,7 +293,7 @@ def test_blend_in_a_graph(server, files):
         "inspect": node("TI_InspectEmbedding", embedding=["blend", 0]),
     }
     run = server.run(graph)
-    assert run.history["outputs"]["save"]["text"] == ["embedding:blended"]
+    assert run.history["outputs"]["save"]["text"][0] == "embedding:blended"
     written = load_file(server.base / "models/embeddings/blended.safetensors")
     expected = {key: slerp(rows, files["two"].vectors[key], 0.25)[1:] for key, rows in files["one"].vectors.items()}
     same(Embedding("", written), Embedding("", expected))

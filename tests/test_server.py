@@ -1,5 +1,6 @@
 """A real ComfyUI over HTTP and websocket: learn, save, use; interrupt; fail; and nothing else changes."""
 
+import io
 import json
 import re
 import time
@@ -168,7 +169,8 @@ def test_learning_workflow(server, model):
     reference = server.run(ordinary_graph(model))
     run = server.run(learning_graph(model))
     outputs = run.history["outputs"]
-    (prompt,) = outputs["save"]["text"]
+    prompt, told = outputs["save"]["text"]
+    assert told.startswith(f"Saved {prompt.removeprefix('embedding:')}.safetensors in the embeddings folder.")
     name = prompt.removeprefix("embedding:")
 
     # The file has every key of the family, and says where it comes from.
@@ -228,7 +230,7 @@ def test_separate_loaders(server):
     for part in graph.values():
         part["inputs"] |= {name: link for name, link in own.items() if part["inputs"].get(name, ["", 0])[0] == "load"}
     outputs = (run := server.run(graph)).history["outputs"]
-    (prompt,) = outputs["save"]["text"]
+    prompt, *_ = outputs["save"]["text"]
     with safe_open(server.base / f"models/embeddings/{prompt.removeprefix('embedding:')}.safetensors", "pt") as file:
         assert {key: tuple(file.get_tensor(key).shape) for key in file.keys()} == {"clip_l": (1, 32), "t5xxl": (1, 64)}  # noqa: SIM118
         assert file.metadata()["base_model"] == "flux.safetensors"
@@ -240,6 +242,20 @@ def test_separate_loaders(server):
     assert stock.history["outputs"]["hash"] == outputs["hash"]
 
 
+@pytest.mark.parametrize("name", ["thumbnail", "thumbnail_v1.5"])
+def test_a_picture_becomes_the_thumbnail(server, name):
+    """ComfyUI's own model library shows it, Load Embedding does not take it for an embedding."""
+    graph = learning_graph(seed=31)
+    graph["save"] = node("TI_SaveEmbedding", embedding=["train", 0], name=name, overwrite=True, picture=["train", 2])
+    told = server.run(graph).history["outputs"]["save"]["text"]
+    assert told[-1] == f"Its thumbnail is {name}.preview.png."
+    shown = server.http.get(f"{server.url}/experiment/models/preview/embeddings/0/{name}.safetensors", timeout=60)
+    with Image.open(io.BytesIO(shown.content)) as picture:
+        assert picture.size == (64, 64)
+    files = server.object_info("TI_LoadEmbedding")["TI_LoadEmbedding"]["input"]["required"]["file"][1]["options"]
+    assert [file for file in files if file.startswith(f"{name}.")] == [f"{name}.safetensors"]
+
+
 def test_formats_of_other_tools(server):
     """A card with a preview on it, and the pair for diffusers: both are loaded again and draw the same picture."""
     graph = learning_graph("SmallSDXL", seed=31)
@@ -249,8 +265,8 @@ def test_formats_of_other_tools(server):
     graph["pair"] = node("TI_SaveEmbedding", embedding=["train", 0], **pair)
     run = server.run(graph)
     assert run.history["outputs"]["save"]["text"] == ["card.png"]
-    (text,) = run.history["outputs"]["pair"]["text"]
-    assert text == "pair.safetensors and pair_2.safetensors. In diffusers, write <s*> in prompts."
+    pair_told = run.history["outputs"]["pair"]["text"]
+    assert pair_told == ["pair.safetensors and pair_2.safetensors", "In diffusers, write <s*> in prompts."]
     for file in ({"file": "card.png"}, {"file": "pair_2.safetensors", "partner": "pair.safetensors"}):
         graph = ordinary_graph("SmallSDXL", "a photo of S* in the snow")
         graph["file"] = node("TI_LoadEmbedding", **file)
