@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ti_pack.nodes.train import Train  # pyright: ignore[reportMissingImports]  made by conftest.py
 
 from textual_inversion import PreviewConfig, TrainConfig, UserError, initial_embedding
 from textual_inversion.adapters.comfyui import ComfyModel
@@ -66,6 +67,13 @@ def test_file_names_of_triggers(name, expected):
 def test_bad_file_names(name):
     with pytest.raises(UserError):
         file_name(name)
+
+
+@pytest.mark.parametrize("trigger", ["con*", "<nul>", "com1_"])
+def test_a_trigger_that_cannot_name_a_file_is_refused_before_training(trigger):
+    check_trigger(trigger)
+    with pytest.raises(UserError, match="cannot be the name of a file: enter a short name"):
+        Train.execute(*[None] * 4, trigger=[trigger])  # nothing of the model is looked at
 
 
 @pytest.mark.parametrize(

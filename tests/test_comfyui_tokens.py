@@ -129,6 +129,21 @@ def test_an_encoder_without_vectors_reads_the_word_as_text(checkpoints, load, pr
     encoded(with_embeddings(clip, one), prompt, True)
 
 
+@pytest.mark.parametrize("family", ["Flux.1 dev", "SD3, SD3.5"])
+@pytest.mark.parametrize("kept", ["t5xxl", "clip_l"])
+def test_an_embedding_for_one_of_several_encoders(family, kept):
+    """Only T5 on Flux, only clip_l on SD3: the vectors that are there, and text as ever for the rest."""
+    clip = build(NAMED[family])[1]
+    keys = embedding_keys(clip)
+    found = tokens_by_encoder(with_embeddings(clip, Embedding("S*", {kept: torch.ones(2, keys[kept])})), "a S* b")
+    plain = tokens_by_encoder(clip, "a S* b")
+    name = kept.removeprefix("clip_")
+    assert found[name].count("vector") == 2
+    assert {other: ids for other, ids in found.items() if other != name} == {
+        other: ids for other, ids in plain.items() if other != name
+    }
+
+
 def test_partial_embeddings_are_told(checkpoints, load):
     sdxl, sd1 = (load(checkpoints[name]).clip for name in ("SmallSDXL", "SmallSD1"))
     both = Embedding("S*", {key: torch.ones(1, width) for key, width in embedding_keys(sdxl).items()})

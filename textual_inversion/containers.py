@@ -23,7 +23,7 @@ MAX_WIDTH = 32_768
 MAX_TENSORS = 16
 MAX_WORDS = 256  # tensors of the words that are bundled in a LoRA file
 MAX_NUMBERS = 8 * 2**20  # of all vectors together: 2,048 vectors of T5
-MAX_BYTES = 64 * 2**20  # for files that are read as a whole; safetensors are read tensor by tensor
+MAX_BYTES = 40 * 2**20  # for files that are read as a whole; safetensors are read tensor by tensor
 MAX_HEADER = 4 * 2**20  # of safetensors, with all metadata
 MAX_KEY = 256  # characters
 MAX_NOTE = 1000  # characters
@@ -42,6 +42,7 @@ FLOATS = {
     "F8_E5M2": torch.float8_e5m2,
 }
 PNG_TEXT = "sd-ti-embedding"
+_PNG = b"\x89PNG\r\n\x1a\n"
 BUNDLE = "bundle_emb."  # prefix of an embedding in a LoRA file: bundle_emb.TRIGGER.KEY
 INNER_NAME = "inner name"  # metadata key: what another program called the word inside the file
 
@@ -177,6 +178,8 @@ def card_text(path: Path) -> bytes | None:
     Raises UserError for a broken chunk, or one that unpacks to far more than an embedding.
     """
     with path.open("rb") as file:
+        if file.read(8) != _PNG:  # previews may be JPEGs by that name
+            return None
         for kind, length in _chunks(file, path):
             if kind not in (b"tEXt", b"zTXt", b"iTXt"):
                 file.seek(length + 4, io.SEEK_CUR)
@@ -197,8 +200,7 @@ def card_text(path: Path) -> bytes | None:
 
 
 def _chunks(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
-    """Kind and length of each chunk of a PNG; the file is at its data. The caller moves behind its checksum."""
-    file.seek(8)
+    """Kind and length of each chunk of a PNG; the file is at its data, and the caller moves behind its checksum."""
     for _ in range(MAX_CHUNKS):
         head = file.read(8)
         if len(head) < 8 or head[4:] == b"IEND":
@@ -303,7 +305,7 @@ def _notes(content: Mapping) -> dict[str, str]:
 
 
 _CONTAINERS: dict[bytes, Callable[[Path], Content]] = {
-    b"\x89PNG\r\n\x1a\n": _open_png,
+    _PNG: _open_png,
     b"PK\x03\x04": _open_archive,
     b"\x80": _open_legacy,
 }

@@ -74,7 +74,7 @@ def _word(path: Path, metadata: dict[str, str], chosen: str) -> str:
     """The trigger of an embedding, usable in prompts; ``chosen`` is one of several words in a file."""
     inner = metadata.get(INNER_NAME, "")
     says_nothing = path.stem.startswith("learned_embeds")  # what diffusers' scripts call every file
-    name = metadata.get("trigger") or chosen or (inner if says_nothing and inner not in GENERIC_KEYS else "")
+    name = chosen or metadata.get("trigger") or (inner if says_nothing and inner not in GENERIC_KEYS else "")
     word = usable_trigger(name or path.stem)
     if metadata.get(INNER_NAME) in (word, *GENERIC_KEYS):
         metadata.pop(INNER_NAME)
