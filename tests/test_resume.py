@@ -9,7 +9,7 @@ import folder_paths
 import pytest
 import torch
 from kill_and_resume import graph, kill_at, learned, node
-from ti_pack.nodes.state_file import DAY, MOST_DAYS, MOST_STATES, StateFile
+from ti_pack.nodes.state_file import DAY, MOST_DAYS, MOST_STATES, StateFile  # pyright: ignore[reportMissingImports]  made by conftest.py
 
 from dev.comfyui_server import ComfyServer
 from textual_inversion import UserError

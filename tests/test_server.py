@@ -3,8 +3,10 @@
 import io
 import json
 import re
+import shutil
+import subprocess
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -520,6 +522,25 @@ def in_place_of(folder: Path):
             aside.rename(folder)
 
 
+@contextmanager
+def small_disk(folder: Path):
+    """A disk of 64 KiB as ``folder``, and what fills it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk here")
+
+    def fill() -> None:
+        with suppress(OSError), (folder / "rest").open("ab", buffering=0) as file:
+            while True:
+                file.write(b"\0" * 512)
+
+    try:
+        yield fill
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 def report_of(run) -> str:
     return run.history["outputs"]["train"]["text"][0]
 
@@ -592,3 +613,43 @@ def test_a_cancel_before_anything_was_learned_leaves_no_copy_of_the_initializer(
     run = server.run(learning_graph(steps=5000, seed=81, preview_every=0), on_event=stop, check=False)
     assert run.error is not None
     assert embeddings(server) == before
+
+
+@pytest.mark.parametrize("at_step", [0, 15])
+@pytest.mark.parametrize("disk", ["user/__textual_inversion", "temp/textual_inversion", "models/embeddings"])
+def test_a_full_disk_costs_no_result(server, disk, at_step):
+    """From the start, or filled while training runs. In the end the embedding is in a file, and the note names both."""
+    before = set(server.base.rglob("S*.safetensors"))
+    with small_disk(server.base / disk) as fill:
+
+        def watch(event):
+            if event["type"] == "textual_inversion.run" and event["data"]["step"] >= at_step:
+                fill()
+
+        if not at_step:
+            fill()
+        graph = learning_graph(steps=30, seed=100 + at_step + len(disk), preview_every=0)
+        graph = {name: graph[name] for name in ("load", "images", "settings", "train", "report")}
+        run = server.run(graph, on_event=watch)
+        (path,) = set(server.base.rglob("S*.safetensors")) - before
+        assert safe_open(path, "pt").get_tensor("clip_l").shape == (1, 32)
+    told = [line for line in report_of(run).splitlines() if "No space left on device" in line]
+    assert bool(told) == (disk != "models/embeddings"), "which is not needed while temp has room"
+
+
+@pytest.mark.parametrize("disk", ["models/embeddings", "user/__textual_inversion"])
+def test_a_cancel_on_a_full_disk_keeps_the_vectors(server, disk):
+    before = set(server.base.rglob("S-partial*.safetensors"))
+
+    def stop(event):
+        data = event["data"]
+        if event["type"] == "progress" and data["max"] == 5000 and data["value"] >= 8:
+            server.interrupt()
+
+    with small_disk(server.base / disk) as fill:
+        fill()
+        graph = at_once(learning_graph(steps=5000, seed=130 + len(disk), preview_every=0))
+        run = server.run(graph, on_event=stop, check=False)
+        (path,) = set(server.base.rglob("S-partial*.safetensors")) - before
+        assert safe_open(path, "pt").get_tensor("clip_l").shape == (1, 32)
+    assert "execution_interrupted" in [event["type"] for event in run.events]
