@@ -55,6 +55,13 @@ class PictureList {
       event.preventDefault(); // so that ComfyUI does not handle the drop as well
       this.add(things);
     });
+    this.element.addEventListener("paste", (event) => {
+      const things = event.target.matches("textarea") ? null : brought(event.clipboardData);
+      if (!things) return;
+      event.preventDefault();
+      event.stopPropagation(); // so that ComfyUI does not paste it as well
+      this.add(things);
+    });
   }
 
   widget(name) {
@@ -334,29 +341,11 @@ function freeName(wanted, folders) {
 
 const lists = new Set();
 
-/** The list that has the focus, or that of the only selected node if nothing has. */
-function pastedInto(target) {
-  const all = [...lists];
-  const focused = all.find((list) => list.element.contains(target));
-  if (focused || target.closest("input, textarea, [contenteditable]")) return focused;
-  const [selected, ...others] = app.canvas.selectedItems;
-  return others.length ? undefined : all.find((list) => list.node === selected);
-}
-
 app.registerExtension({
   name: "textualinversion.LoadImages",
 
   setup() {
     api.addEventListener("execution_start", () => lists.forEach((list) => list.refreshSoon())); // files may have changed
-    // Before ComfyUI's own listener, which would make a Load Image node for a pasted picture.
-    document.addEventListener("paste", (event) => {
-      const list = pastedInto(event.target);
-      const things = list && !event.target.matches("textarea") && brought(event.clipboardData);
-      if (!things) return;
-      event.preventDefault();
-      event.stopImmediatePropagation();
-      list.add(things);
-    }, true);
   },
 
   nodeCreated(node) {
@@ -386,6 +375,8 @@ app.registerExtension({
       if (things) list.add(things);
       return Boolean(things);
     };
+    node.previewMediaType = "image"; // ComfyUI hands what is pasted to a selected node of this type
+    node.pasteFiles = (files) => list.add({ files, folders: [] });
     lists.add(list);
     refresh();
   },
