@@ -1,29 +1,31 @@
-"""Pictures of the nodes for their help pages, from a real ComfyUI: python -m dev.screenshots"""
+"""Pictures of the nodes for their help pages and README, from a real ComfyUI: python -m dev.screenshots"""
 
 import io
-import json
 import shutil
 from typing import Any
 
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+from demo.workflow import for_demo_model
+
 from .comfyui_server import ComfyServer
 from .get_browser import browser_path
-from .get_comfyui import ROOT
+from .get_comfyui import ROOT, newest_front_end
 
 SETTINGS = {
     "Comfy.VueNodes.Enabled": True,
     "Comfy.TutorialCompleted": True,
     "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
 }
-WORKFLOWS = ("use_somebody_elses_embedding", "learn_an_object")
+WORKFLOWS = {"Inspect and blend": "", "Train an embedding (SD1.5)": "heart"}  # templates, and what they learn
 HELP = ROOT / "web/docs"
 WIDTH = 420  # pixels of a picture
+FRONT_END = ("--cpu", "--front-end-root", str(newest_front_end()))
 
 
 def main() -> None:
-    with ComfyServer() as server, sync_playwright() as playwright:
+    with ComfyServer(options=FRONT_END) as server, sync_playwright() as playwright:
         for concept in (ROOT / "demo/concepts").iterdir():
             if concept.is_dir():
                 shutil.copytree(concept / "train", server.base / "input" / concept.name)
@@ -33,8 +35,8 @@ def main() -> None:
         page = browser.new_page(viewport={"width": 1600, "height": 1600})
         page.goto(server.url)
         page.wait_for_function("window.app?.extensionManager && app.graph")
-        for name in WORKFLOWS:
-            take(page, json.loads((ROOT / f"example_workflows/{name}.json").read_text()))
+        for name, concept in WORKFLOWS.items():
+            take(page, for_demo_model(ROOT / f"example_workflows/{name}.json", concept))
         page.evaluate("app.graph.clear()")
         page.evaluate("app.graph.add(LiteGraph.createNode('TI_TrainingSettings'))")
         take_nodes(page)
@@ -46,9 +48,20 @@ def take(page: Page, workflow: dict[str, Any]) -> None:
     with page.expect_response("**/prompt"):
         page.evaluate("app.queuePrompt(0)")
     busy = "fetch('/queue').then(a => a.json()).then(queue => queue.queue_running.length + queue.queue_pending.length)"
+    if any(node["type"] == "TI_Train" for node in workflow["nodes"]):
+        take_training(page)
     while page.evaluate(busy):
         page.wait_for_timeout(500)
     take_nodes(page)
+
+
+def take_training(page: Page) -> None:
+    """Pictures, model and the Train node during a run, for README."""
+    page.evaluate("app.canvas.ds.scale = 1; app.canvas.ds.offset = [120, 180]; app.canvas.setDirty(true, true)")
+    page.locator(".ti-strip button").nth(3).wait_for(timeout=120_000)
+    page.wait_for_timeout(3000)
+    picture = page.screenshot(clip={"x": 100, "y": 110, "width": 910, "height": 1110})
+    Image.open(io.BytesIO(picture)).convert("RGB").quantize(192).save(ROOT / "docs/training.png", optimize=True)
 
 
 def take_nodes(page: Page) -> None:
