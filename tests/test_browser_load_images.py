@@ -360,7 +360,6 @@ def test_words_can_be_read_in_every_palette(page, server):
     choose(page, "folder", "")
     expect(page.locator(".ti-empty")).to_be_visible()
     measured["empty"] = contrast(page.locator(".ti-empty"))
-    print(min(measured.values()), measured)
     assert min(measured.values()) >= 4.5, measured
 
 

@@ -75,7 +75,7 @@ def load_folder(folder: Path, size: int, square: bool = False, roots: Sequence[P
     if not images:
         advice = "put some there, or choose another folder"
         if left_out:
-            advice = f"none of its {len(left_out)} files can be read, the first because {left_out[0].reason}"
+            advice = f"none of its files can be read, the first because {left_out[0].reason}"
         raise UserError(f"There are no pictures in the folder {folder.name!r}: {advice}.")
     if left_out:
         logging.warning("%d of the files in a folder of pictures are left out.", len(left_out))
