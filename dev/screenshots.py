@@ -38,7 +38,7 @@ def main() -> None:
         for name, concept in WORKFLOWS.items():
             take(page, for_demo_model(ROOT / f"example_workflows/{name}.json", concept))
         page.evaluate("app.graph.clear()")
-        page.evaluate("app.graph.add(LiteGraph.createNode('TI_TrainingSettings'))")
+        page.evaluate("() => { app.graph.add(LiteGraph.createNode('TI_TrainingSettings')); }")
         take_nodes(page)
 
 
@@ -60,7 +60,7 @@ def take_training(page: Page) -> None:
     page.evaluate("app.canvas.ds.scale = 1; app.canvas.ds.offset = [120, 180]; app.canvas.setDirty(true, true)")
     page.locator(".ti-strip button").nth(3).wait_for(timeout=120_000)
     page.wait_for_timeout(3000)
-    picture = page.screenshot(clip={"x": 100, "y": 110, "width": 910, "height": 1110})
+    picture = page.screenshot(clip={"x": 110, "y": 140, "width": 890, "height": 880})
     Image.open(io.BytesIO(picture)).convert("RGB").quantize(192).save(ROOT / "docs/training.png", optimize=True)
 
 

@@ -9,6 +9,8 @@ from browser import opened
 from examples import BLOCK, WORKFLOWS, demo_files, nodes_of, read
 from playwright.sync_api import Browser, Page, expect
 
+from demo.measure import CONCEPTS
+
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 
 
@@ -20,15 +22,50 @@ def page(interface, chromium: Browser) -> Iterator[Page]:
         yield page
 
 
+def open_template(page: Page, name: str, pack: str) -> None:
+    """Through the template browser."""
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text(pack).first.click()
+    dialog.get_by_role("heading", name=name, exact=True).click()
+    expect(dialog).to_have_count(0)
+
+
+def test_from_the_template_to_a_word(page, interface):
+    """With nothing chosen but pictures; the demo model has the name of the usual checkpoint, and sizes are its own."""
+    (path,) = [path for path in WORKFLOWS if path.stem == "Train an embedding (SD1.5)"]
+    (name,) = nodes_of(read(path), "CheckpointLoaderSimple")[0]["widgets_values"]
+    folder = interface.server.base / "models/checkpoints"
+    (folder / name).symlink_to(folder / "toy.safetensors")
+    open_template(page, path.stem, interface.server.pack_name)
+    page.wait_for_function("count => app.rootGraph.nodes.length === count", arg=len(read(path)["nodes"]))
+    page.evaluate("""() => {
+        for (const node of app.rootGraph.nodes)
+            for (const widget of node.widgets ?? []) {
+                if (["size", "width", "height"].includes(widget.name) && node.type !== "TI_Train") widget.value = 64;
+                if (node.type === "KSampler" && widget.name === "steps") widget.value = 2;
+            }
+    }""")
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Add pictures").click()
+    chooser.value.set_files(sorted((CONCEPTS / "heart/train").glob("*.png")))
+    expect(page.locator(".ti-pictures-count")).to_contain_text("4 pictures")
+
+    page.get_by_test_id("queue-button").click()
+    expect(page.locator(".ti-train [data-state=learning]")).to_be_visible()
+    page.get_by_role("button", name="Stop and keep").click()
+    expect(page.get_by_role("textbox", name="preview_text").first).to_have_value(re.compile("Write embedding:S in"))
+    shown = interface.server.base / "models/embeddings/S.preview.png"
+    assert shown.is_file(), "no thumbnail"
+    for file in (shown, shown.with_name("S.safetensors"), folder / name):
+        file.unlink()
+
+
 @each_workflow
 def test_template_opens_and_nothing_overlaps(path, page, interface):
     """As it comes, and when the panels of Train have grown to what they show during a run."""
     workflow = read(path)
-    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    dialog = page.get_by_role("dialog")
-    dialog.get_by_text(interface.server.pack_name).first.click()
-    dialog.get_by_role("heading", name=path.stem, exact=True).click()
-    expect(dialog).to_have_count(0)
+    open_template(page, path.stem, interface.server.pack_name)
     page.wait_for_function("count => app.rootGraph.nodes.length === count", arg=len(workflow["nodes"]))
     shown = page.evaluate(
         "app.rootGraph.nodes.map((node) => [node.type, LiteGraph.registered_node_types[node.type]?.type])"

@@ -173,7 +173,7 @@ def test_a_restart_of_the_server_ends_the_run_shown(page):
     expect(run(panel, "learning")).to_contain_text("improving")
 
     panel.get_by_role("button", name="Preview now").click()
-    expect(page.get_by_text("The run may have ended.")).to_be_visible()
+    expect(page.get_by_text("The run may have ended.").first).to_be_visible()
     page.evaluate(send, ["reconnected", None])
     expect(run(panel, "failed")).to_contain_text("Queue the workflow again")
 
