@@ -2,7 +2,7 @@ import logging
 
 from comfy_api.latest import io, ui
 
-from ..textual_inversion.adapters.comfyui_tokens import embedding_keys, with_embeddings
+from ..textual_inversion.adapters.comfyui_tokens import embedding_keys, known_as, with_embeddings
 from ..textual_inversion.prompts import check_trigger
 from .sockets import CATEGORY, EmbeddingSocket
 
@@ -47,7 +47,9 @@ class ApplyEmbedding(io.ComfyNode):
         if trigger != embedding.trigger:  # the rules are for new words: a file may have any name
             check_trigger(trigger)
         embedding = embedding.renamed(trigger)
-        said = embedding.partly(embedding_keys(clip))
+        replaced = known_as(clip, trigger)
+        told = [f"Replaces the {replaced!r} from before." if replaced else "", embedding.partly(embedding_keys(clip))]
+        said = " ".join(filter(None, told))
         if said:
             logging.info("Apply Embedding: %s", said)
         applied = with_embeddings(clip, embedding.scaled(strength))

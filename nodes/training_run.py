@@ -29,7 +29,7 @@ from ..textual_inversion.adapters.protocol import DiffusionModel, TrainableModel
 from ..textual_inversion.dataset import Dataset
 from ..textual_inversion.devices import is_out_of_memory
 from ..textual_inversion.initializer import with_initializer
-from ..textual_inversion.prompts import place_trigger, trigger_pattern
+from ..textual_inversion.prompts import has_trigger, place_trigger
 from ..textual_inversion.report import described, how_it_ended, learned_embedding, more_steps, report
 from ..textual_inversion.training import Choice, check_prompts, earliest_end, finished, still_improving
 from .files import embeddings_folder, output_folder, temporary_folder
@@ -240,7 +240,7 @@ class TrainingRun:
         """Says now what would be wrong with every preview."""
         preview, trigger = self.request.preview, self.config.trigger
         prompts = [place_trigger(text, trigger) for text in (*preview.prompts, preview.preview_negative)]
-        prompts = [text for text in prompts if trigger_pattern(trigger).search(text)]
+        prompts = [text for text in prompts if has_trigger(text, trigger)]
         if not prompts:
             self.notes.add(
                 f"Previews do not show the word: write {{}} or {self.config.trigger!r} into the preview prompt."

@@ -18,8 +18,9 @@ from textual_inversion.prompts import (
     TEMPLATES,
     caption_prompt,
     check_trigger,
+    has_trigger,
+    plain,
     template_prompts,
-    trigger_pattern,
 )
 from textual_inversion.training import check_prompts
 
@@ -143,7 +144,8 @@ def test_templates_must_contain_the_trigger_word():
         template_prompts("custom", "a sketch of {}\na sketch", "S*")
     with pytest.raises(UserError, match="needs a template"):
         template_prompts("custom", " \n", "S*")
-    assert template_prompts("custom", "a sketch of {}\n\nS* drawn", "S*") == ("a sketch of S*", "S* drawn")
+    prompts = template_prompts("custom", "a sketch of {}\n\nS* drawn", "S*")
+    assert [plain(prompt) for prompt in prompts] == ["a sketch of S*", "S* drawn"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_templates_must_contain_the_trigger_word():
     ],
 )
 def test_captions_get_the_word(caption, kind, prompt):
-    assert caption_prompt(caption, "S*", kind) == prompt
+    assert plain(caption_prompt(caption, "S*", kind)) == prompt
 
 
 def test_word_of_the_vocabulary_is_refused(graph):
@@ -216,7 +218,7 @@ def test_names_of_the_packs_own_are_ordinary_text(graph, name):
     for prompt in (f"a photo of {name}", f"a photo of embedding:{name} here", f"(embedding:{name}:1.2)"):
         assert ids(clip, prompt) == ids(graph.clip, prompt)
     caption = caption_prompt(f"{name} on grass, {MARK}image-0{MARK}", "S*", "object")
-    assert not trigger_pattern(image_trigger(0)).search(caption)
+    assert not has_trigger(caption, image_trigger(0))
 
 
 @pytest.mark.parametrize("name", INSIDE)

@@ -1,7 +1,7 @@
 """The prompts of the pictures during training, from templates or captions, and the rules for trigger words."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from .errors import UserError
 
@@ -50,6 +50,19 @@ CAPTION_PREFIXES = {"object": "a photo of {}, ", "face": "a photo of {}, ", "sty
 MARK = "\ue0f1"
 _MARKED = re.compile(f"{MARK}.*?{MARK}")
 
+# On both sides of a trigger word that took the place of {}: it is the word there, whatever stands beside it.
+HERE = "\ue0f2"
+
+# A word ends where letters end, but not all scripts put blanks between words, or between a foreign word and what
+# belongs to it: Thai to Khmer, Chinese, Japanese, Korean. Their letters beside a trigger word are no part of it.
+_WITHOUT_BLANKS = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+_LETTER = rf"[^\W{_WITHOUT_BLANKS}]"
+# What ComfyUI takes for a file: a trigger word in it is none.
+_FILE = r"embedding:[^\s,()]+"
+
 _FORBIDDEN = re.compile(r"[\s/\\.:,;()\[\]{}|\"']")
 RESERVED_NAMES = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)")  # of Windows' devices
 _LONGEST = 64
@@ -69,7 +82,7 @@ def check_trigger(trigger: str) -> None:
             f"The trigger word {trigger!r} contains {match.group()!r}; use letters, digits and "
             "characters such as * - _ < > without spaces, slashes, dots, brackets or commas."
         )
-    if trigger.startswith("embedding"):
+    if trigger.casefold().startswith("embedding"):
         raise UserError("The trigger word must not start with 'embedding': ComfyUI reads that as a file name.")
     if not trigger.isprintable():
         raise UserError("The trigger word contains invisible characters: type it again.")
@@ -84,14 +97,44 @@ def usable_trigger(name: str) -> str:
     return f"_{word}" if word.lower().startswith("embedding") else word
 
 
-def trigger_pattern(trigger: str) -> re.Pattern[str]:
-    """Finds the trigger as a word of its own, in any letter case (CLIP lowers it anyway).
+def replace_triggers(text: str, triggers: Sequence[str], put: Callable[[int, str], str]) -> str:
+    """``text`` with ``put(number of the trigger, text before)`` in the place of each trigger word.
 
-    ``cat`` is found in ``a cat, (Cat:1.2) cat's`` but not in ``category``, ``cat-like`` or
-    ``embedding:cat``.
+    A trigger is a word of its own, in any letter case (CLIP lowers it anyway): ``cat`` is found in ``a cat,
+    (Cat:1.2) cat's`` and ``一张cat的照片``, but not in ``category``, ``cat-like`` or ``embedding:animals/cat``. In the
+    place of ``{}`` it always is the word: ``two {}s``. Of triggers that begin at the same place the longest counts, and
+    what one has found is no part of another, so their order does not matter.
     """
-    word = re.escape(trigger)
-    return re.compile(rf"(?<![\w{MARK}])(?<!\w-)(?<!embedding:){word}(?![\w{MARK}])(?!-\w)", re.IGNORECASE)
+    order = sorted(range(len(triggers)), key=lambda number: -len(triggers[number]))
+    words = [f"(?P<t{number}>{_word(triggers[number])})" for number in order]
+    pattern = re.compile("|".join([_FILE, *words]), re.IGNORECASE)
+
+    def replaced(match: re.Match[str]) -> str:
+        if match.lastgroup is None:  # a file
+            return match.group()
+        return put(int(match.lastgroup[1:]), match.string[: match.start()])
+
+    return pattern.sub(replaced, text).replace(HERE, "")
+
+
+def has_trigger(text: str, trigger: str) -> bool:
+    """Whether a prompt has the trigger word."""
+    found: list[int] = []
+    replace_triggers(text, [trigger], lambda number, before: found.append(number) or "")
+    return bool(found)
+
+
+def _word(trigger: str) -> str:
+    """The pattern of a trigger word. Only beside its own letters others could make another word of it."""
+    word, letter = re.escape(trigger), re.compile(_LETTER)
+    left = rf"(?<!{_LETTER})(?<!{_LETTER}-)" if letter.match(trigger[0]) else ""
+    right = rf"(?!{_LETTER})(?!-{_LETTER})" if letter.match(trigger[-1]) else ""
+    return f"{HERE}{word}{HERE}|(?<!{MARK}){left}{word}{right}(?!{MARK})"
+
+
+def plain(prompt: str) -> str:
+    """A prompt as its user knows it."""
+    return _MARKED.sub("...", prompt).replace(HERE, "")
 
 
 def templates_for(kind: str, template: str) -> tuple[str, ...]:
@@ -102,8 +145,8 @@ def templates_for(kind: str, template: str) -> tuple[str, ...]:
 
 
 def place_trigger(text: str, trigger: str) -> str:
-    """``text`` with every ``{}`` replaced by the trigger word."""
-    return text.replace(SLOT, trigger)
+    """``text`` with the trigger word in the place of every ``{}``, where it is the word whatever stands beside it."""
+    return text.replace(SLOT, f"{HERE}{trigger}{HERE}")
 
 
 def template_prompts(kind: str, template: str, trigger: str) -> tuple[str, ...]:
@@ -113,15 +156,15 @@ def template_prompts(kind: str, template: str, trigger: str) -> tuple[str, ...]:
         raise UserError('Kind "custom" needs a template such as "a sketch of {}": enter one per line.')
     prompts = tuple(place_trigger(text, trigger) for text in templates)
     for text in prompts:
-        if not trigger_pattern(trigger).search(text):
+        if not has_trigger(text, trigger):
             raise UserError(f"The template {text!r} does not contain {{}} or {trigger!r}: add one of them.")
     return prompts
 
 
 def caption_prompt(caption: str, trigger: str, kind: str) -> str:
     """A caption as a prompt. Where it has neither ``{}`` nor the trigger word, that is put in front."""
-    prompt = place_trigger(caption.strip().replace(MARK, ""), trigger)
-    if trigger_pattern(trigger).search(prompt):
+    prompt = place_trigger(caption.strip().replace(MARK, "").replace(HERE, ""), trigger)
+    if has_trigger(prompt, trigger):
         return prompt
     return place_trigger(CAPTION_PREFIXES.get(kind, "{}, "), trigger) + prompt
 
@@ -135,6 +178,5 @@ def check_whole(counts: Iterable[int], vectors: int, prompt: str) -> None:
     counts = list(counts)
     if not any(counts) or any(count % vectors for count in counts):
         raise UserError(
-            f"The prompt {_MARKED.sub('...', prompt)!r} has no room for {vectors} vectors: use fewer vectors or a "
-            "shorter prompt."
+            f"The prompt {plain(prompt)!r} has no room for {vectors} vectors: use fewer vectors or a shorter prompt."
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..embedding import ENCODERS, Embedding
 from ..errors import UserError
-from ..prompts import MARK, trigger_pattern
+from ..prompts import MARK, replace_triggers
 from ..vocabulary import Vocabulary
 
 # What a trigger becomes inside ComfyUI's own "embedding:NAME" syntax. No number, or the weight
@@ -102,9 +102,7 @@ class _NamesToTriggers:
 
 def _with_names(text: str, triggers: Iterable[str]) -> str:
     """The prompt with the name of its embedding in the place of each trigger."""
-    for number, trigger in enumerate(triggers):
-        text = trigger_pattern(trigger).sub(partial(_named, number), text)
-    return text
+    return replace_triggers(text, list(triggers), _named)
 
 
 def _without_names(text: str, triggers: dict[int, str]) -> str:
@@ -112,10 +110,9 @@ def _without_names(text: str, triggers: dict[int, str]) -> str:
     return re.sub(f"embedding:{_NAMED.pattern} ", lambda match: triggers.get(int(match[1]), match.group()), text)
 
 
-def _named(number: int, match: re.Match[str]) -> str:
+def _named(number: int, before: str) -> str:
     # ComfyUI's parser wants a name apart from punctuation and brackets. Not one blank more: other
     # tokenizers than CLIP's make a token of it.
-    before = match.string[: match.start()]
     return f"{'' if not before or before[-1].isspace() else ' '}embedding:{_NAME.format(number)} "
 
 
@@ -156,6 +153,7 @@ def with_embeddings(clip: CLIP, *embeddings: Embedding) -> CLIP:
     known = dict(clip.tokenizer.embeddings) if isinstance(clip.tokenizer, _TriggersToNames) else {}
     for embedding in embeddings:
         vectors = embedding.for_encoders(keys, complete=False).vectors
+        known = {word: rows for word, rows in known.items() if word.casefold() != embedding.trigger.casefold()}
         known[embedding.trigger] = {key: Rows(rows[n] for n in range(len(rows))) for key, rows in vectors.items()}
     clip = clip.clone()
     clip.tokenizer = _mix_in(_TriggersToNames, clip.tokenizer)
@@ -170,6 +168,12 @@ def with_embeddings(clip: CLIP, *embeddings: Embedding) -> CLIP:
             part.triggers = list(known)
         setattr(clip.tokenizer, slot, part)
     return clip
+
+
+def known_as(clip: CLIP, trigger: str) -> str:
+    """The trigger of a chained embedding that ``trigger`` would replace, in any letter case; empty if there is none."""
+    known = clip.tokenizer.embeddings if isinstance(clip.tokenizer, _TriggersToNames) else ()
+    return next((word for word in known if word.casefold() == trigger.casefold()), "")
 
 
 # Text encoders ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from ..embedding import Embedding
-from ..prompts import MARK, trigger_pattern
+from ..prompts import MARK, replace_triggers
 
 # What a trigger becomes in the text: one name a vector. Only copies of the tokenizers know them.
 _NAME = f"{MARK}ti-vector-{{}}{MARK}"
@@ -20,12 +21,11 @@ _NAME = f"{MARK}ti-vector-{{}}{MARK}"
 
 def spelled(prompt: str, *embeddings: Embedding) -> str:
     """The prompt with every trigger replaced by the names of its vectors, numbered throughout."""
-    first = 0
-    for embedding in embeddings:
-        names = "".join(_NAME.format(number) for number in range(first, first + embedding.count))
-        prompt = trigger_pattern(embedding.trigger).sub(names, prompt)
-        first += embedding.count
-    return prompt
+    firsts = [0, *accumulate(embedding.count for embedding in embeddings)]
+    names = ["".join(map(_NAME.format, range(*ends))) for ends in pairwise(firsts)]
+    return replace_triggers(
+        prompt, [embedding.trigger for embedding in embeddings], lambda number, before: names[number]
+    )
 
 
 def with_names(tokenizer, count: int):
