@@ -11,6 +11,8 @@ import folder_paths
 from ..textual_inversion import UserError
 from ..textual_inversion.formats import STOCK_SUFFIXES, is_card
 
+LONGEST_ID = 100  # characters; the front end's have 36
+
 
 def embeddings_folders() -> list[Path]:
     return [Path(folder) for folder in folder_paths.get_folder_paths("embeddings")]
@@ -100,7 +102,7 @@ def workflow_id(extra_pnginfo: Any) -> str:
     """
     workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
     number = workflow.get("id") if isinstance(workflow, dict) else None
-    return number if isinstance(number, str) else ""
+    return number if isinstance(number, str) and len(number) <= LONGEST_ID else ""
 
 
 def base_model(prompt: dict | None, node_id: str | None) -> str:

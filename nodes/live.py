@@ -20,6 +20,7 @@ from .files import embeddings_folder
 EVENT = "textual_inversion.run"
 SECONDS_BETWEEN_EVENTS = 0.25
 POINTS = 400  # most points of a curve that is sent to the browser
+MOST_RUNS = 100  # of different nodes are remembered, with the embeddings of their previews
 
 State = Literal["encoding", "searching", "learning", "drawing", "finishing", "done", "cancelled", "failed"]
 Curve = list[tuple[int, float]]
@@ -50,7 +51,8 @@ class Record:
     pictures: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which knows no NaN: browsers refuse a message with one."""
+        return _finite(asdict(self))
 
 
 class LiveRun:
@@ -62,7 +64,10 @@ class LiveRun:
         self.pictured: dict[int, Embedding] = {}  # what the preview of each step shows
         self.chosen: int | None = None  # the step whose preview somebody wants to keep
         self._told = -math.inf
+        RUNS.pop((workflow, node), None)
         RUNS[workflow, node] = self
+        while len(RUNS) > MOST_RUNS:
+            del RUNS[next(iter(RUNS))]
         self.tell("encoding")
 
     def __enter__(self) -> "LiveRun":
@@ -82,14 +87,23 @@ class LiveRun:
         self.record = replace(self.record, state=state, **changes)
         if not same or now - self._told >= SECONDS_BETWEEN_EVENTS:
             self._told = now
-            PromptServer.instance.send_sync(EVENT, self.record.to_dict())
+            # To the browser that queued the run, as ComfyUI's own progress; others ask for the runs when they open.
+            PromptServer.instance.send_sync(EVENT, self.record.to_dict(), PromptServer.instance.client_id)
 
     @property
     def ended(self) -> bool:
         return self.record.state in ("done", "cancelled", "failed")
 
 
-RUNS: dict[tuple[str, str], LiveRun] = {}  # the latest run of each node since ComfyUI started
+RUNS: dict[tuple[str, str], LiveRun] = {}  # the latest run of each node since ComfyUI started, oldest first
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def thinned(losses: Sequence[float]) -> Curve:

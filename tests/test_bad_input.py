@@ -266,10 +266,10 @@ def test_text_encoder_without_embeddings(graph):
 def test_image_templates_are_the_templates_with_a_second_slot(kind):
     """Prompts with and without a per-image token are drawn alike, and each slot is there once."""
     assert len(IMAGE_TEMPLATES[kind]) == len(TEMPLATES[kind])
-    for plain, with_image in zip(TEMPLATES[kind], IMAGE_TEMPLATES[kind], strict=True):
-        assert (plain.count(SLOT), with_image.count(SLOT), with_image.count(IMAGE_SLOT)) == (1, 1, 1)
+    for without_image, with_image in zip(TEMPLATES[kind], IMAGE_TEMPLATES[kind], strict=True):
+        assert (without_image.count(SLOT), with_image.count(SLOT), with_image.count(IMAGE_SLOT)) == (1, 1, 1)
         rest = with_image.replace(f" of {IMAGE_SLOT}", "").replace(f" on a {IMAGE_SLOT} background", "")
-        assert rest == plain
+        assert rest == without_image
 
 
 @pytest.mark.parametrize(

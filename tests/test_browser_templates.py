@@ -88,6 +88,13 @@ def test_template_opens_and_nothing_overlaps(path, page, interface):
     assert overlaps(page) == []
 
 
+def test_block_is_what_the_front_end_expects(page):
+    """The check of workflows knows no blocks of the library, but the file of one is a workflow."""
+    page.evaluate("workflow => app.loadGraphData(workflow)", read(BLOCK))
+    page.wait_for_function("app.rootGraph.nodes[0]?.subgraph?.nodes.length === 4")
+    expect(page.get_by_text("Invalid workflow")).to_have_count(0)
+
+
 def test_block_is_found_inserted_and_run(page):
     """By its name in the search over nodes; the panel of Train lives inside of it."""
     graph = [

@@ -123,6 +123,7 @@ def test_history_survives_a_reload_and_a_run_can_be_cancelled(page, server):
     expect(run(panel, "learning")).to_be_visible()
     assert points(panel) >= earlier
     wait_until(lambda: points(panel) > earlier + 1)
+    expect(panel.get_by_role("button", name="Stop and keep")).to_be_enabled()
 
     server.interrupt()
     expect(run(panel, "cancelled")).to_contain_text("Queue the workflow again to go on.")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -10,10 +11,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import websocket
 from families import NAMED, build
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from ti_pack.nodes.live import EVENT, Record  # pyright: ignore[reportMissingImports]  made by conftest.py
 
 from dev.comfyui_server import ComfyServer
 from dev.in_process import ROOT
@@ -501,6 +504,28 @@ def test_folder_may_have_any_name(folder):
         for name in ("train_panel.js", "load_images.js"):
             (script,) = [script for script in scripts if script.endswith(f"/{name}")]
             assert renamed.http.get(renamed.url + script, timeout=60).text == (ROOT / "web" / name).read_text()
+
+
+def test_only_the_browser_that_queued_a_run_hears_of_it(server):
+    """As of ComfyUI's own progress; previews are nobody else's business on a shared server."""
+    other = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=somebody-else", timeout=60)
+    run = server.run(learning_graph(seed=95))
+    assert any(event["type"] == EVENT for event in run.events)
+    other.settimeout(1)
+    heard = []
+    with suppress(websocket.WebSocketTimeoutException):
+        while True:
+            message = other.recv()
+            heard.append(json.loads(message)["type"] if isinstance(message, str) else "picture")
+    other.close()
+    assert heard
+    assert EVENT not in heard
+
+
+def test_a_record_is_json_that_browsers_read():
+    record = Record("workflow", "3", losses=[(0, math.nan), (1, 0.5)], seconds_left=math.inf, rate=-math.inf)
+    text = json.dumps(record.to_dict(), allow_nan=False)
+    assert json.loads(text)["losses"] == [[0, None], [1, 0.5]]
 
 
 # Side jobs: what fails beside training does not end it -----------------------------------------------

@@ -41,7 +41,8 @@ export class LossChart {
   /** Draws the curves of a run. While it is active, the axis ends where the run may end. */
   show({ step, planned, best, losses, fixed }, active) {
     this.end = Math.max(1, active ? planned : step);
-    this.curves = { training: smoothed(losses, SMOOTHING * this.end), fixed };
+    const numbers = losses.filter(([, loss]) => loss !== null); // NaN is null in JSON
+    this.curves = { training: smoothed(numbers, SMOOTHING * this.end), fixed };
     const shown = [...this.curves.training, ...fixed].map(([, loss]) => loss);
     this.max = Math.max(...shown);
     this.min = Math.min(...shown);
