@@ -137,6 +137,28 @@ def test_block_is_found_inserted_and_run(page):
     expect(shown).to_have_value(re.compile("Zorp: 1 vector.* initialized from 'heart'"))
 
 
+def test_what_apply_embedding_has_to_say_is_seen(page):
+    """A chained word that replaces its like; the first of the chain says nothing and stays small."""
+    graph = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "toy.safetensors"}},
+        "2": {"class_type": "TI_LoadEmbedding", "inputs": {"file": "demo-heart.safetensors", "partner": "none"}},
+        "3": {
+            "class_type": "TI_ApplyEmbedding",
+            "inputs": {"clip": ["1", 1], "embedding": ["2", 0], "trigger": "Zorp"},
+        },
+        "4": {
+            "class_type": "TI_ApplyEmbedding",
+            "inputs": {"clip": ["3", 0], "embedding": ["2", 0], "trigger": "zorp"},
+        },
+        "5": {"class_type": "PreviewAny", "inputs": {"source": ["4", 0]}},
+    }
+    page.evaluate("graph => app.loadApiJson(graph, 'test')", graph)
+    page.evaluate("app.queuePrompt(0)")
+    said = "id => app.rootGraph.getNodeById(id).widgets.find((widget) => widget.name === 'preview_text')?.value"
+    page.wait_for_function(f"({said})(4) === \"Replaces the 'Zorp' from before.\"")
+    assert page.evaluate(said, 3) is None
+
+
 def overlaps(page: Page) -> list[tuple[str, str]]:
     """Titles of nodes that lie on each other, once they have their sizes."""
     before, now = None, boxes(page)

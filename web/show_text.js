@@ -1,21 +1,24 @@
 // Adds ComfyUI's own text preview, which it only uses for PreviewAny and SaveText, to our nodes with text output.
 import { app } from "../../scripts/app.js";
 
-const NODES = ["TI_InspectEmbedding", "TI_SaveEmbedding"];
+const ALWAYS = ["TI_InspectEmbedding", "TI_SaveEmbedding"];
+const IF_ANY = ["TI_ApplyEmbedding"]; // which mostly has nothing to say
 
 app.registerExtension({
   name: "textualinversion.ShowText",
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (!NODES.includes(nodeData.name)) return;
+    if (![...ALWAYS, ...IF_ANY].includes(nodeData.name)) return;
     const { addTextPreviewWidgets, updateTextPreviewWidgets } = window.comfyAPI.textPreviewWidgets;
     const { onNodeCreated, onExecuted } = nodeType.prototype;
     nodeType.prototype.onNodeCreated = function (...args) {
       onNodeCreated?.apply(this, args);
-      addTextPreviewWidgets(this);
+      if (ALWAYS.includes(nodeData.name)) addTextPreviewWidgets(this);
     };
     nodeType.prototype.onExecuted = function (output) {
       onExecuted?.call(this, output);
-      updateTextPreviewWidgets(this, output);
+      const isThere = this.widgets.some((widget) => widget.name === "preview_text");
+      if (output.text && !isThere) addTextPreviewWidgets(this);
+      if (output.text || isThere) updateTextPreviewWidgets(this, output);
     };
   },
 });
