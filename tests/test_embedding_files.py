@@ -9,6 +9,7 @@ import pytest
 import torch
 from comfy.sd1_clip import load_embed
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from ti_pack.nodes.files import (  # pyright: ignore[reportMissingImports]  made by conftest.py
     embedding_files,
@@ -159,3 +160,30 @@ def test_loading_gives_a_word_that_apply_takes_and_save_saves(folders, file, che
     row = applied.tokenize(f"a photo of {trigger} here")["l"][0]
     assert sum(torch.is_tensor(token) for token, _ in row) == 2
     assert stock(save("", embedding).removeprefix("embedding:"), folders) is not None
+
+
+@pytest.mark.parametrize(
+    ("keys", "family"),
+    [
+        (("clip_l",), "stable-diffusion-v1/textual-inversion"),
+        (("clip_l", "clip_g"), "stable-diffusion-xl-v1-base/textual-inversion"),
+        (("qwen3_4b",), None),
+    ],
+)
+def test_model_libraries_find_what_they_show(tmp_path, keys, family):
+    """In the file, but not among the notes that are read; somebody's own notes stay, the word is the present one."""
+    own = {"modelspec.title": "My dog", "modelspec.author": "me", "steps": "5"}
+    path = tmp_path / "word.safetensors"
+    for notes in ({}, own):
+        formats.write(Embedding("<dog>", {key: torch.ones(1, 8) for key in keys}, notes), path)
+        with safe_open(path, "pt") as file:
+            written = file.metadata()
+        assert written["modelspec.title"] == notes.get("modelspec.title", "<dog>")
+        assert written["modelspec.trigger_phrase"] == "<dog>"
+        assert written.get("modelspec.architecture") == family
+        read = formats.read(path, encoders=keys)
+        assert {key: text for key, text in read.metadata.items() if key != "trigger"} == notes
+    formats.write(read.renamed("<cat>"), path)
+    assert formats.read(path, encoders=keys).trigger == "<cat>"
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "<cat>"

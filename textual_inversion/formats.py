@@ -30,6 +30,15 @@ from .prompts import RESERVED_NAMES, usable_trigger
 
 ENCODER_ALIASES = {"t5": "t5xxl"}
 # Keys that are no word: the layouts of other programs.
+USAGE = "Write embedding: and the name of this file in prompts."
+# The names that ModelSpec has for families, by their text encoders.
+ARCHITECTURES = {
+    frozenset({"clip_l"}): "stable-diffusion-v1",
+    frozenset({"clip_h"}): "stable-diffusion-v2-768-v",
+    frozenset({"clip_l", "clip_g"}): "stable-diffusion-xl-v1-base",
+    frozenset({"clip_l", "clip_g", "t5xxl"}): "stable-diffusion-3",
+    frozenset({"clip_l", "t5xxl"}): "flux-1",
+}
 GENERIC_KEYS = {"", "*", "emb_params", "emp_params", "string_to_param.*"}
 GENERIC_KEYS |= {"emb", "emb2", "text_encoders_0", "text_encoders_1", "text_encoders_2"}
 MAX_NAME = 225  # bytes of a file name: with a number and a suffix, file systems take 255
@@ -67,7 +76,11 @@ def read(path: Path, trigger: str = "", encoders: Collection[str] = ENCODERS) ->
     inner = word or next((key for key in unnamed if key not in GENERIC_KEYS), "")
     if inner:
         metadata[INNER_NAME] = inner
-    return Embedding(_word(path, metadata, word), ordered(vectors), metadata, frozenset(unnamed))
+    embedding = Embedding(_word(path, metadata, word), ordered(vectors), metadata, frozenset(unnamed))
+    for key, value in _modelspec(embedding).items():  # written again with the file
+        if metadata.get(key) == value:
+            del metadata[key]
+    return embedding
 
 
 def _word(path: Path, metadata: dict[str, str], chosen: str) -> str:
@@ -149,8 +162,16 @@ class File(NamedTuple):
 
 
 def _comfyui(embedding: Embedding, picture: Image.Image | None) -> list[File]:
-    metadata = {**embedding.metadata, "trigger": embedding.trigger}
+    metadata = {**_modelspec(embedding), **embedding.metadata, "trigger": embedding.trigger}
     return [File("", save(embedding.vectors, metadata), list(embedding.vectors.values()))]
+
+
+def _modelspec(embedding: Embedding) -> dict[str, str]:
+    """What model libraries show of a file: the keys of Stability AI's ModelSpec 1.0.1."""
+    about = {"title": embedding.trigger, "trigger_phrase": embedding.trigger, "usage_hint": USAGE}
+    if family := ARCHITECTURES.get(frozenset(embedding.vectors)):
+        about["architecture"] = f"{family}/textual-inversion"
+    return {"modelspec.sai_model_spec": "1.0.1"} | {f"modelspec.{key}": value for key, value in about.items()}
 
 
 def _a1111(embedding: Embedding, picture: Image.Image | None) -> list[File]:
