@@ -208,6 +208,27 @@ def test_masks_weigh_the_loss():
     assert denoising_losses(denoised, latents, sigmas, ones, everywhere).mean().item() == pytest.approx(plain.item())
 
 
+@pytest.mark.parametrize("alphas", [(1, 1), (0.5, 1), (0, 1), (None, 0.25), (1, None)])
+def test_transparency_is_a_mask(graph, alphas):
+    """The fourth channel of other nodes' pictures, as if its mask were connected; opaque ones need none."""
+    images, masks = [], []
+    for alpha in alphas:
+        image = torch.rand(1, 64, 64, 3)
+        mask = torch.ones(1, 64, 64)
+        if alpha is not None:
+            mask[:, 16:48, :32] = alpha
+            image = torch.cat([image, mask[..., None]], dim=-1)
+        images.append(image)
+        masks.append(mask)
+    model, config = ComfyModel(*graph), TrainConfig()
+    found = make_dataset(model.encode_images, images, [], [], config).masks
+    expected = make_dataset(model.encode_images, [image[..., :3] for image in images], masks, [], config).masks
+    opaque = all(alpha in (1, None) for alpha in alphas)
+    assert len(found) == (0 if opaque else 2)
+    for ours, theirs in zip(found, expected, strict=False):
+        assert torch.equal(ours, theirs)
+
+
 def test_masks_follow_their_pictures(graph):
     """A mask takes the same way as its picture: resized, cropped and mirrored with it."""
     image = torch.rand(1, 128, 200, 3)

@@ -145,9 +145,10 @@ def make_dataset(
 ) -> Dataset:
     """Checks and resizes the pictures and encodes each one once.
 
-    ``encode_images`` maps a list of (1, H, W, 3) to a list of latents (C, h, w).
+    ``encode_images`` maps a list of (1, H, W, 3) to a list of latents (C, h, w). Without masks, transparency is one.
     Raises UserError as ``check_pictures`` and ``template_prompts`` do, and for latents that are not numbers.
     """
+    masks = masks or _transparency(images)
     check_pictures(images, masks, captions)
     templates = template_prompts(config.kind, config.template, config.trigger)
     if len(captions) == 1:
@@ -170,6 +171,12 @@ def make_dataset(
         for number, (mask, image, latent) in enumerate(zip(masks, images, latents, strict=False), 1)
     ]
     return Dataset(latents, mirrored, latent_masks, prompts, image_triggers, sum(map(bool, map(str.strip, captions))))
+
+
+def _transparency(images: Sequence[Tensor]) -> list[Tensor]:
+    """The fourth channels (1, H, W) where one of them is not opaque, as other nodes give pictures; otherwise none."""
+    alphas = [image[..., 3] if image.shape[-1] == 4 else torch.ones(image.shape[:-1]) for image in images]
+    return alphas if any((alpha < 1).any() for alpha in alphas) else []
 
 
 def _check_latents(latents: Sequence[Tensor]) -> None:
