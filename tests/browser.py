@@ -1,7 +1,8 @@
 """ComfyUI in a browser, for the tests of what people see."""
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,3 +70,10 @@ def contrast(words: Locator) -> float:
         const [one, two] = [[...body, ...behind], [...body, ...behind, getComputedStyle(words).color]].map(luminance);
         return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
     }""")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS / 1000
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

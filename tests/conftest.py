@@ -29,12 +29,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-docs", action="store_true", help="write docs/models.md as the tests of families find it")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is about looks runs in all interfaces, the rest in two of them: each renderer, each front end."""
+    rest = [item for item in items if _interface_of(item) in OTHER_INTERFACES and not item.get_closest_marker("looks")]
+    items[:] = [item for item in items if item not in set(rest)]
+
+
+def _interface_of(item: pytest.Item) -> str:
+    return item.callspec.params.get("interface", "") if hasattr(item, "callspec") else ""  # pyright: ignore
+
+
 def pytest_unconfigure() -> None:
     """Remove ComfyUI's temporary folders."""
     _base.cleanup()
 
 
-INTERFACES = ("canvas, required", "vue, required", "canvas, newest", "vue, newest")  # renderer, front end
+OTHER_INTERFACES = ("vue, required", "canvas, newest")  # renderer, front end
+INTERFACES = ("canvas, required", *OTHER_INTERFACES, "vue, newest")
 
 
 class Interface(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from mimetypes import guess_type
 
 import pytest
-from browser import PALETTES, contrast, opened, use_palette
+from browser import PALETTES, contrast, opened, use_palette, wait_until
 from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, expect
 
@@ -308,7 +308,7 @@ def test_a_picture_is_enlarged_described_and_deleted(page, server):
     page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
     expect(count(page)).to_have_text("3 pictures, 2 with captions")
-    assert (folder / "b.txt").read_text(encoding="utf-8") == "a rote Fläche, ß\n"
+    wait_until(lambda: (folder / "b.txt").read_text(encoding="utf-8") == "a rote Fläche, ß\n")
 
     tiles(page).nth(1).hover()
     tiles(page).nth(1).locator(".ti-remove").click()
@@ -345,6 +345,7 @@ def test_damage_behind_the_beginning_of_a_file_is_named(page, server):
     assert names == sorted(["a.txt", *(f"{name}.jpg" for name in "bcdefgh"), "empty.png"])
 
 
+@pytest.mark.looks
 def test_words_can_be_read_in_every_palette(page, server):
     pick(page, [*THREE, *files(broken_png=b"no picture")])
     expect(note(page)).to_contain_text("Left out broken.png")

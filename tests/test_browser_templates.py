@@ -61,6 +61,7 @@ def test_from_the_template_to_a_word(page, interface):
         file.unlink()
 
 
+@pytest.mark.looks
 @each_workflow
 def test_template_opens_and_nothing_overlaps(path, page, interface):
     """As it comes, and when the panels of Train have grown to what they show during a run."""
@@ -88,6 +89,7 @@ def test_template_opens_and_nothing_overlaps(path, page, interface):
     assert overlaps(page) == []
 
 
+@pytest.mark.looks
 def test_block_is_what_the_front_end_expects(page):
     """The check of workflows knows no blocks of the library, but the file of one is a workflow."""
     page.evaluate("workflow => app.loadGraphData(workflow)", read(BLOCK))

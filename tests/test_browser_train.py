@@ -3,12 +3,11 @@
 import itertools
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import PALETTES, SECONDS, contrast, open_comfyui, opened, use_palette
+from browser import PALETTES, contrast, open_comfyui, opened, use_palette, wait_until
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from dev.comfyui_server import ComfyServer
@@ -195,6 +194,7 @@ def test_the_wheel_still_zooms_the_canvas(page):
     page.wait_for_function("before => app.canvas.ds.scale > before", arg=before)
 
 
+@pytest.mark.looks
 def test_words_can_be_read_in_every_palette(page):
     load(page, graph())
     queue(page)
@@ -272,10 +272,3 @@ def pictures_outside(page: Page, panel: Locator) -> int:
 
 def is_running(server: ComfyServer) -> bool:
     return bool(server.http.get(f"{server.url}/queue", timeout=60).json()["queue_running"])
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS / 1000
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

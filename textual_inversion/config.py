@@ -71,7 +71,7 @@ class TrainConfig:
     """Extra tokens for each picture without a caption. They learn what only that picture shows, such as its
     background, so the embedding does not. They are not saved. 0: off."""
 
-    averaging: float = bounded(0.9999, 0.0, 0.9999, 0.01)
+    averaging: float = bounded(0.9999, 0.0, 0.9999, 0.0001)
     """Largest EMA decay. The decay grows, so that the average covers the last third of the run. The averaged vectors
     are the ones saved. 0: no averaging."""
 

@@ -23,7 +23,7 @@ class PictureList {
     this.node = node;
     this.tiles = new Map(); // by folder and picture, so that unchanged thumbnails are not fetched again
     this.leftOut = []; // {name, reason}
-    this.queue = Promise.resolve(); // of uploads, one after the other
+    this.queue = Promise.resolve(); // of uploads and other changes, one after the other
     this.newest = 0; // number of the latest request for the list; responses to older ones are ignored
 
     this.list = element("div", { className: "ti-pictures-list", tabIndex: 0 });
@@ -246,10 +246,11 @@ class PictureList {
     showFullSize(this.element, pictures, tiles.indexOf(tile), below).addEventListener("close", () => save());
   }
 
-  async writeCaption(picture, caption) {
+  writeCaption(picture, caption) {
     if (this.fixed || caption.trim() === picture.caption) return;
     picture.caption = caption.trim(); // so that it is written once
-    await this.change(requests.writeCaption(this.place.folder, picture.name, caption));
+    const { folder } = this.place;
+    this.change(() => requests.writeCaption(folder, picture.name, caption));
   }
 
   /** Deletes a picture and its caption after the user has agreed. */
@@ -258,17 +259,15 @@ class PictureList {
     const message = filled(TEXTS.removeQuestion, { folder: folder === "." ? "input" : folder });
     const itemList = caption ? [name, caption] : [name];
     const agreed = await app.extensionManager.dialog.confirm({ title: TEXTS.remove, message, itemList, type: "delete" });
-    if (agreed) await this.change(requests.remove(folder, name));
+    if (agreed) this.change(() => requests.remove(folder, name));
   }
 
-  /** Refreshes when a change is done, with what the server says against it. */
-  async change(request) {
-    try {
-      await request;
-      await this.refresh();
-    } catch (error) {
-      await this.refresh([error.message]);
-    }
+  /** Makes a change once earlier ones are done, and refreshes with what the server says against it. */
+  change(request) {
+    this.queue = this.queue.then(request).then(
+      () => this.refresh(),
+      (error) => this.refresh([error.message]),
+    );
   }
 }
 
