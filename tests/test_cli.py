@@ -162,7 +162,8 @@ def test_errors_are_a_sentence_and_an_exit_code(arguments, code, message, tmp_pa
     ("arguments", "message"),
     [
         (["--output", "file/word"], "file cannot be written to (File exists): choose another --output"),
-        (["--output", "a.b.pt"], "must not contain slashes, dots or colons"),
+        (["--output", "a:b.pt"], "cannot be the name of a file: write a plain name"),
+        (["--output", "con.pt"], "cannot be the name of a file: enter a short name"),
         (["--output", "\u732b" * 90], "File name too long"),
         (["--vectors", "75"], "has no room for 75 vectors"),
     ],
