@@ -360,7 +360,7 @@ def test_demo_pictures_become_the_same_latents(load, pictures):
 def test_errors_are_those_of_comfyui(checkpoints, load):
     ours, theirs = DiffusersModel(small_pipeline("SDXL")), ComfyModel(*load(checkpoints["SmallSDXL"]))
     fits, tears, lost = "S* " + "red " * 70, "red " * 73 + "S*", "red " * 80 + "S*"
-    narrow = Embedding("S*", {"clip_l": torch.zeros(1, WIDTH)})
+    narrow = Embedding("S*", {"clip_l": torch.zeros(1, WIDTH + 1)})  # fits neither encoder
 
     def message(call) -> str:
         with pytest.raises(UserError) as caught:

@@ -101,9 +101,9 @@ def replace_triggers(text: str, triggers: Sequence[str], put: Callable[[int, str
     """``text`` with ``put(number of the trigger, text before)`` in the place of each trigger word.
 
     A trigger is a word of its own, in any letter case (CLIP lowers it anyway): ``cat`` is found in ``a cat,
-    (Cat:1.2) cat's`` and ``一张cat的照片``, but not in ``category``, ``cat-like`` or ``embedding:animals/cat``. In the
-    place of ``{}`` it always is the word: ``two {}s``. Of triggers that begin at the same place the longest counts, and
-    what one has found is no part of another, so their order does not matter.
+    (Cat:1.2) cat's`` and between Chinese letters, but not in ``category``, ``cat-like`` or ``embedding:animals/cat``.
+    In the place of ``{}`` it always is the word: ``two {}s``. Of triggers that begin at the same place the longest
+    counts, and what one has found is no part of another, so their order does not matter.
     """
     order = sorted(range(len(triggers)), key=lambda number: -len(triggers[number]))
     words = [f"(?P<t{number}>{_word(triggers[number])})" for number in order]
