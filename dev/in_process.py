@@ -1,11 +1,15 @@
 """ComfyUI and this pack inside one Python process, without a server: for measurements and tests."""
 
+import asyncio
 import sys
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from .get_comfyui import ROOT, comfyui_path
 
@@ -54,3 +58,9 @@ def import_comfyui(base: Path, device: str = "cpu") -> None:
     args.base_directory = str(base)
     for folder in ("custom_nodes", "models/checkpoints", "models/embeddings", "input", "output"):
         (base / folder).mkdir(parents=True, exist_ok=True)
+
+
+def finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine, run in a thread of its own: in this one Playwright's loop may be running."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()

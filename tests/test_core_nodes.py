@@ -1,6 +1,5 @@
 """Every node of ComfyUI that takes a MODEL and gives one: training goes through it, and sees what a sampler sees."""
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from families import NAMED, build, prepared
 from safetensors.torch import save_file
 
 import nodes
+from dev.in_process import finished
 from textual_inversion import TrainConfig, TrainingError, UserError, initial_embedding
 from textual_inversion.adapters.comfyui import OF_THE_NETWORK, ComfyModel
 from textual_inversion.dataset import fixed_batches
@@ -38,7 +38,7 @@ PROMPT = "a photo of a cat"
 @pytest.fixture(scope="module")
 def core_nodes() -> dict[str, Any]:
     """All nodes of ComfyUI that take a MODEL and give one, by id, found through their schemas."""
-    asyncio.run(nodes.init_builtin_extra_nodes())  # type: ignore[attr-defined]
+    finished(nodes.init_builtin_extra_nodes())  # type: ignore[attr-defined]
     found = nodes.NODE_CLASS_MAPPINGS  # type: ignore[attr-defined]
     ours: dict[Any, tuple[str, Any]] = {}  # by what they call, which many that merge models share
     for name, node in sorted(found.items()):

@@ -1,7 +1,6 @@
 """The package as others see it: imports, versions, templates, help pages."""
 
 import ast
-import asyncio
 import dataclasses
 import json
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dev.in_process import finished
 from textual_inversion import PreviewConfig, TrainConfig, __version__
 from textual_inversion.config import field_help
 
@@ -63,7 +63,7 @@ def test_an_older_comfyui_is_named(version, monkeypatch):
     entrypoint = runpy.run_path(str(ROOT / "__init__.py"))["comfy_entrypoint"]
     sentence = f"Textual Inversion needs ComfyUI 0.30.0 or newer, this is {version}: update it."
     with pytest.raises(ImportError, match=re.escape(sentence)):
-        asyncio.run(entrypoint())
+        finished(entrypoint())
 
 
 def test_one_version_everywhere():
