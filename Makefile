@@ -30,8 +30,9 @@ browser: .venv/.ready
 demo: setup
 	@$(PYTHON) -m demo.run
 
+# Two files at a time, with one thread each: much of the time goes by in servers and in the browser.
 test: setup
-	@$(PYTHON) -m pytest
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 gpu: comfyui
 	@$(PYTHON) -m benchmarks.gpu

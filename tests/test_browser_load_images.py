@@ -289,7 +289,7 @@ def test_pasted_pictures_are_added(page):
 
 def test_a_picture_is_enlarged_described_and_deleted(page, server):
     pick(page, THREE)
-    expect(tiles(page)).to_have_count(3)
+    expect(count(page)).to_have_text("3 pictures, 1 with captions")
     folder = server.base / "input" / widget(page, "folder")
     tiles(page).nth(1).locator(".ti-open").click()
     dialog = page.locator("dialog.ti-full-size")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from browser import opened
+from browser import opened, wait_until
 from examples import BLOCK, WORKFLOWS, demo_files, nodes_of, read
 from playwright.sync_api import Browser, Page, expect
 
@@ -74,7 +74,7 @@ def test_template_opens_and_nothing_overlaps(path, page, interface):
     assert all(kind == known for kind, known in shown), shown
     assert sorted(kind for kind, _ in shown) == sorted(node["type"] for node in workflow["nodes"])
     expect(page.get_by_text("Invalid workflow")).to_have_count(0)
-    assert overlaps(page) == []
+    wait_until(lambda: overlaps(page) == [])  # nodes take their sizes one after the other
 
     for node in nodes_of(workflow, "TI_Train"):
         page.evaluate(
@@ -86,7 +86,7 @@ def test_template_opens_and_nothing_overlaps(path, page, interface):
             [str(node["id"]), {"step": 1, "filename": "0.png", "subfolder": "heart", "type": "input"}],
         )
     expect(page.locator(".ti-train [data-state=done]")).to_have_count(len(nodes_of(workflow, "TI_Train")))
-    assert overlaps(page) == []
+    wait_until(lambda: overlaps(page) == [])  # nodes take their sizes one after the other
 
 
 @pytest.mark.looks

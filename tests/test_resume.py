@@ -1,6 +1,7 @@
 """Work survives: the server is killed, the graph is run again, and every bit is the same."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from kill_and_resume import graph, kill_at, learned, node
 from ti_pack.nodes.state_file import DAY, MOST_DAYS, MOST_STATES, StateFile  # pyright: ignore[reportMissingImports]  made by conftest.py
 
+from demo.measure import CONCEPTS
 from dev.comfyui_server import ComfyServer
 from textual_inversion import UserError
 
@@ -19,8 +21,9 @@ OTHERS = "Started over: settings, pictures, the model or the node pack changed s
 
 @pytest.fixture(scope="module")
 def mortal() -> Iterator[ComfyServer]:
-    """A server of one's own, to be killed."""
+    """A server of one's own, to be killed, with pictures to learn from."""
     with ComfyServer() as running:
+        shutil.copytree(CONCEPTS / "heart/train", running.base / "input/heart")
         yield running
 
 
@@ -80,7 +83,7 @@ def test_cancelled_run_goes_on_from_its_last_step(mortal, reference):
 
 def test_a_damaged_state_starts_over_and_says_so(mortal, reference):
     cancelled(mortal, graph())
-    (path,) = states(mortal)
+    path = max(states(mortal), key=os.path.getmtime)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
