@@ -146,7 +146,7 @@ class Notes:
         if text not in self.texts:
             self.texts.append(text)
             logging.warning("Textual inversion: %s", text)
-            self.live.tell(self.live.record.state, message=text)
+            self.live.tell(self.live.record.state, message=" ".join(self.texts))
 
     @contextmanager
     def side_job(self, failed: str) -> Iterator[None]:
@@ -324,8 +324,8 @@ class TrainingRun:
         shape = {"aspect": picture.shape[2] / picture.shape[1], "result": is_result}
         self.live.tell(self.live.record.state, pictures=[*self.live.record.pictures, {"step": number, **shape, **file}])
 
-    def save(self, step: Step) -> None:
-        """Writes what is needed to resume."""
+    def save(self, step: Step, told: str = "") -> None:
+        """Writes what is needed to resume; ``told`` is what the panel says once it is written."""
         with self.notes.side_job("This run cannot be resumed, since its state cannot be saved"):
             self.state_file.write(
                 {
@@ -335,6 +335,8 @@ class TrainingRun:
                     "fixed": self.fixed,
                 }
             )
+            if told:
+                self.notes.add(told)
 
     def rescue(self, last: Step) -> None:
         """Keeps the best vectors and the state of a run that was cancelled or failed."""
@@ -343,8 +345,7 @@ class TrainingRun:
             name = f"{formats.file_name(self.config.trigger)}-partial"
             self.write(last, name, [embeddings_folder(), output_folder()], "What was learned so far is in {path}.")
         if last.number > 0:
-            self.save(last)
-            self.notes.add("Queue the workflow again to go on.")
+            self.save(last, "Queue the workflow again to go on.")
 
     def write(self, step: Step, name: str, folders: Sequence[Path], told: str = "") -> Embedding:
         """The best vectors so far, written to the first of the ``folders`` that takes them.

@@ -626,6 +626,9 @@ def test_a_cancel_keeps_the_vectors_where_there_is_room(server, state_too):
     (partial,) = set(found.glob("*")) - before
     assert partial.name.startswith("S-partial")
     assert safe_open(partial, "pt").get_tensor("clip_l").shape == (1, 32)
+    (message,) = [record["message"] for record in server.training_runs() if record["state"] == "cancelled"][-1:]
+    assert partial.name in message
+    assert ("Queue the workflow again to go on." in message) != state_too, "it says what is so"
 
 
 def test_a_cancel_before_anything_was_learned_leaves_no_copy_of_the_initializer(server):
