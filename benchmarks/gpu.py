@@ -179,16 +179,16 @@ def example(graph, pixels: int, rows: int):
 
 def measured(name: str, graph, pixels: int, rows: int) -> dict[str, Any]:
     """Our gradients, and those of the network and the text encoders alone, in turns."""
-    from textual_inversion.gradients import Gradients
+    from textual_inversion.gradients import Share, compute_gradients
     from textual_inversion.memory import enable_checkpointing_if_needed, step_bytes
 
     ours, batch, tokens = example(graph, pixels, rows)
     with ours.training() as model:
         enable_checkpointing_if_needed(model, tokens.embeddings, [batch], rows)
         estimate = step_bytes(model, tokens.embeddings, [batch], rows) / GIB
-        gradients = Gradients(model, tokens)
+        share = Share(tokens, [batch])
         ways = {
-            "ours": lambda: gradients.compute([batch]),
+            "ours": lambda: compute_gradients(model, share),
             "network": bare_network(model, batch, tokens),
             "text encoders": bare_encoders(model, batch, tokens),
         }
@@ -283,12 +283,12 @@ def peak_gib(step: Callable[[], Any], device: torch.device) -> float | None:
 
 def learned(graph, pixels: int) -> dict[str, Any]:
     """Three gradients of a batch of four."""
-    from textual_inversion.gradients import Gradients
+    from textual_inversion.gradients import Share, compute_gradients
 
     ours, batch, tokens = example(graph, pixels, 4)
     with ours.training() as model:
-        gradients = Gradients(model, tokens)
-        losses = [gradients.compute([batch]) for _ in range(3)]
+        share = Share(tokens, [batch])
+        (losses,) = zip(*(compute_gradients(model, share) for _ in range(3)), strict=True)
     return {"checkpointing": ours._checkpointed > 0, "loss": losses[-1]}
 
 

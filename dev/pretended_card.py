@@ -253,7 +253,7 @@ def copies_in_a_step(name: str) -> dict[str, Any]:
     from families import NAMED, build
 
     from textual_inversion.adapters.comfyui import ComfyModel
-    from textual_inversion.gradients import Gradients
+    from textual_inversion.gradients import Share, compute_gradients
 
     family = NAMED[name]
     with torch.inference_mode(False):
@@ -265,7 +265,7 @@ def copies_in_a_step(name: str) -> dict[str, Any]:
             COUNTER.found.clear()
             COUNTER.on = True
             with COUNTER:
-                Gradients(model, tokens).compute([batch])
+                compute_gradients(model, Share(tokens, [batch]))
             COUNTER.on = False
     return {"family": name, "copies": dict(COUNTER.found)}
 
@@ -301,7 +301,7 @@ def full_size(name: str, size: Size) -> tuple[Any, Any]:
 def memory_of_a_step(name: str, pixels: int | None, rows: int) -> dict[str, Any]:
     """GiB of the weights, and of what a step keeps with nothing, the text encoders, everything checkpointed."""
     from textual_inversion.adapters.comfyui import ComfyModel
-    from textual_inversion.gradients import Gradients
+    from textual_inversion.gradients import Share, compute_gradients
     from textual_inversion.memory import kept_bytes, step_bytes
     from textual_inversion.objective import batch_loss
 
@@ -321,7 +321,7 @@ def memory_of_a_step(name: str, pixels: int | None, rows: int) -> dict[str, Any]
                 kept = kept_bytes(lambda: batch_loss(model, tokens.embeddings, batch), model.weights())
                 found[way] = kept / GIB
             with torch.autograd.set_multithreading_enabled(False), Peak(model.weights()) as peak:
-                Gradients(model, tokens).compute([batch])
+                compute_gradients(model, Share(tokens, [batch]))
             found["peak"] = peak.most / GIB  # in the last way, which keeps little beside the block that it recomputes
     return {name: round(value, 2) if isinstance(value, float) else value for name, value in found.items()}
 

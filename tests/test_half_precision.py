@@ -10,7 +10,7 @@ from torch import Tensor
 from textual_inversion import TrainConfig, TrainingError, TrainingStopped, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.dataset import fixed_batches
-from textual_inversion.gradients import Gradients
+from textual_inversion.gradients import Share, compute_gradients
 from textual_inversion.image_tokens import TrainedTokens
 from textual_inversion.initializer import with_initializer
 from textual_inversion.report import report
@@ -66,16 +66,16 @@ def learn(graph, config=CONFIG):
         return steps, report(trainable, dataset, config, start, steps[-1], "'toy'")
 
 
-def gradient(graph) -> tuple[Tensor, Gradients]:
+def gradient(graph) -> tuple[Tensor, Share]:
     model = ComfyModel(*graph)
     batch = fixed_batches(prepared(SD1, model, CONFIG), CONFIG)[0]
     with model.training() as trainable:
         word = initial_embedding(trainable.vocabularies(), "S*", "toy", 1).trainable()
-        gradients = Gradients(trainable, TrainedTokens(word))
-        gradients.compute([batch])
+        share = Share(TrainedTokens(word), [batch])
+        compute_gradients(trainable, share)
         (found,) = (vectors.grad for vectors in word.parameters())
         assert found is not None
-        return found, gradients
+        return found, share
 
 
 @pytest.mark.parametrize("size", [2.0**-14, 2.0**-12, 1.0, 2.0**22])
@@ -92,10 +92,10 @@ def test_the_scale_that_works_is_kept(graph):
     batch = fixed_batches(prepared(SD1, model, CONFIG), CONFIG)[0]
     with model.training() as trainable:
         word = initial_embedding(trainable.vocabularies(), "S*", "toy", 1).trainable()
-        gradients, halvings = Gradients(trainable, TrainedTokens(word)), []
+        share, halvings = Share(TrainedTokens(word), [batch]), []
         for _ in range(3):
-            gradients.compute([batch])
-            halvings.append(gradients._halvings)
+            compute_gradients(trainable, share)
+            halvings.append(share.halvings)
     assert halvings[0] > 0
     assert halvings == [halvings[0]] * 3
 

@@ -135,6 +135,23 @@ class Batch:
             self.quantiles[chosen],
         )
 
+    @classmethod
+    def joined(cls, batches: "Sequence[Batch]") -> "Batch":
+        """The rows of several batches of one shape. Where only some have masks, the others count everywhere."""
+        if len(batches) == 1:
+            return batches[0]
+        masks = None
+        if channels := [batch.masks.shape[1] for batch in batches if batch.masks is not None]:
+            whole = [torch.ones_like(batch.latents[:, : channels[0]]) for batch in batches]
+            masks = torch.cat([all_ if b.masks is None else b.masks for all_, b in zip(whole, batches, strict=True)])
+        return Batch(
+            torch.cat([batch.latents for batch in batches]),
+            masks,
+            [prompt for batch in batches for prompt in batch.prompts],
+            torch.cat([batch.noise for batch in batches]),
+            torch.cat([batch.quantiles for batch in batches]),
+        )
+
 
 def make_dataset(
     encode_images,

@@ -15,8 +15,10 @@ from torch import Tensor
 from .adapters.protocol import TrainableModel
 from .config import TrainConfig
 from .dataset import Batch, Dataset, fixed_batches
+from .embedding import Embedding
 from .image_tokens import TrainedTokens
 from .objective import fixed_losses
+from .processes import ALONE, Processes
 
 CERTAIN = 2.0  # standard errors
 SETTLED = 0.1  # the last stretch lowered the loss by less than this share of the whole fall
@@ -108,10 +110,19 @@ def flat(evaluations: Sequence[Evaluation], released: int) -> bool:
 class Evaluator:
     """Evaluates averaged vectors on fixed rows; the further apart the evaluations, the more rows."""
 
-    def __init__(self, model: TrainableModel, tokens: TrainedTokens, dataset: Dataset, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        model: TrainableModel,
+        tokens: TrainedTokens,
+        dataset: Dataset,
+        config: TrainConfig,
+        processes: Processes = ALONE,
+    ) -> None:
         self.model, self.initial, self.dataset, self.config = model, tokens.concept.snapshot(), dataset, config
+        self.processes = processes
+        self.others = bool(tokens.per_image or tokens.beside)  # vectors beside the concept's that change
         self._blocks: dict[int, list[Batch]] = {}
-        self._initial_losses: dict[int, Tensor] = {}  # by block, where there are no per-image tokens beside them
+        self._initial_losses: dict[int, Tensor] = {}  # by block, where nothing beside them changes
 
     def block(self, number: int) -> list[Batch]:
         """About 16 rows."""
@@ -121,7 +132,7 @@ class Evaluator:
 
     def steps_apart(self, step: int, released: bool) -> int:
         """A sixth of the run, but at least ``evaluate_every`` steps for each pass that an evaluation needs."""
-        passes = 2 if released and any(self.dataset.image_triggers) else 1
+        passes = 2 if released and self.others else 1
         return max(passes * self.config.evaluate_every, step // 6)
 
     def evaluate(self, step: int, tokens: TrainedTokens, before: Sequence[Evaluation], released: bool) -> Evaluation:
@@ -130,21 +141,23 @@ class Evaluator:
         Twice the rows where the evaluations ``before`` cannot tell the gain from chance.
         """
         rows = sum(len(batch.prompts) for batch in self.block(0))
-        passes = 2 if released and tokens.per_image else 1
+        passes = 2 if released and self.others else 1
         count = 1
         if before:
             pictures = (step - before[-1].step) * self.config.batch_size * self.config.accumulation
             share = SHARE if gain(before, before[-1]).certain else 2 * SHARE
             count = min(MOST_BLOCKS, max(1, int(share * pictures * FORWARD_ROWS / (rows * passes))))
-        learned = torch.cat([fixed_losses(self.model, tokens.embeddings, self.block(n)) for n in range(count)])
+        learned = torch.cat([self._losses(tokens.embeddings, n) for n in range(count)])
         if not released:
             return Evaluation(step, learned, learned)
         return Evaluation(step, torch.cat([self._initial(tokens, n) for n in range(count)]), learned)
 
     def _initial(self, tokens: TrainedTokens, number: int) -> Tensor:
-        if tokens.per_image:
-            beside = replace(tokens, concept=self.initial)
-            return fixed_losses(self.model, beside.embeddings, self.block(number))
+        if self.others:
+            return self._losses(replace(tokens, concept=self.initial).embeddings, number)
         if number not in self._initial_losses:
-            self._initial_losses[number] = fixed_losses(self.model, [self.initial], self.block(number))
+            self._initial_losses[number] = self._losses([self.initial], number)
         return self._initial_losses[number]
+
+    def _losses(self, embeddings: Sequence[Embedding], number: int) -> Tensor:
+        return fixed_losses(self.model, embeddings, self.block(number), self.processes)

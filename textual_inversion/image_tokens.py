@@ -59,24 +59,31 @@ SHARED_UPDATE_WEIGHT = 2.0
 
 @dataclass(frozen=True)
 class TrainedTokens:
-    """Everything that one run optimises."""
+    """Everything that the prompts of one concept name."""
 
     concept: Embedding
     """What is wanted: the embedding that is saved."""
     per_image: tuple[Embedding, ...] = ()
     """One for each picture without a caption; only the prompts of that picture name it."""
+    beside: tuple[Embedding, ...] = ()
+    """Other concepts that captions name too. They are learned elsewhere: here their vectors are only used."""
+
+    @property
+    def trained(self) -> tuple[Embedding, ...]:
+        return (self.concept, *self.per_image)
 
     @property
     def embeddings(self) -> tuple[Embedding, ...]:
-        return (self.concept, *self.per_image)
+        """Everything that the prompts name."""
+        return (*self.trained, *self.beside)
 
     def parameters(self) -> list[Tensor]:
-        return [vectors for embedding in self.embeddings for vectors in embedding.parameters()]
+        return [vectors for embedding in self.trained for vectors in embedding.parameters()]
 
     def snapshot(self) -> "TrainedTokens":
-        """A copy on the CPU, cut from every graph."""
-        concept, *per_image = (embedding.snapshot() for embedding in self.embeddings)
-        return TrainedTokens(concept, tuple(per_image))
+        """A copy of what is trained, on the CPU, cut from every graph."""
+        concept, *per_image = (embedding.snapshot() for embedding in self.trained)
+        return TrainedTokens(concept, tuple(per_image), self.beside)
 
 
 def uses_image_tokens(config: TrainConfig, caption: str) -> bool:

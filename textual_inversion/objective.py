@@ -9,6 +9,7 @@ from .adapters.protocol import TrainableModel
 from .dataset import Batch
 from .devices import to_device
 from .embedding import Embedding
+from .processes import ALONE, Processes
 
 
 def denoising_losses(
@@ -51,9 +52,16 @@ def row_losses(model: TrainableModel, embeddings: Sequence[Embedding], batch: Ba
 
 
 @torch.no_grad()
-def fixed_losses(model: TrainableModel, embeddings: Sequence[Embedding], batches: Sequence[Batch]) -> Tensor:
+def fixed_losses(
+    model: TrainableModel, embeddings: Sequence[Embedding], batches: Sequence[Batch], processes: Processes = ALONE
+) -> Tensor:
     """The loss of each row of several batches, on the CPU."""
-    return torch.cat([row_losses(model, embeddings, batch).cpu() for batch in batches])
+    losses = []
+    for batch in batches:
+        losses.append(torch.zeros(len(batch.prompts)))
+        if (mine := processes.rows_of(batch)) is not None:
+            losses[-1][processes.rank :: processes.count] = row_losses(model, embeddings, mine).cpu()
+    return processes.sum(torch.cat(losses))
 
 
 def mean_loss(model: TrainableModel, embeddings: Sequence[Embedding], batches: Sequence[Batch]) -> float:

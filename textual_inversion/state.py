@@ -84,8 +84,8 @@ class TrainState:
             "progress": {name: getattr(self.progress, name) for name in NUMBERS},
             "evaluations": [vars(evaluation) for evaluation in self.progress.evaluations],
             "best": self.progress.best.vectors,
-            "tokens": [embedding.vectors for embedding in self.tokens.embeddings],
-            "ema": [embedding.vectors for embedding in self.ema.embeddings],
+            "tokens": [embedding.vectors for embedding in self.tokens.trained],
+            "ema": [embedding.vectors for embedding in self.ema.trained],
             "optimizer": self.optimizer.state_dict(),
             "agreement": self.agreement.state_dict(),
         }
@@ -94,7 +94,7 @@ class TrainState:
     def resume(self, saved: dict[str, Any]) -> None:
         """Continues from ``saved``, a ``to_dict`` of the same model, pictures and settings."""
         for tokens, kept in ((self.tokens, saved["tokens"]), (self.ema, saved["ema"])):
-            for embedding, vectors in zip(tokens.embeddings, kept, strict=True):
+            for embedding, vectors in zip(tokens.trained, kept, strict=True):
                 for key, tensor in embedding.vectors.items():
                     tensor.copy_(vectors[key])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -105,9 +105,11 @@ class TrainState:
 
     def is_same_model(self, saved: dict[str, Any]) -> bool:
         """Whether ``saved`` is of this model: the same encoders, and at the start the same loss on fixed noise."""
-        ours = [_shapes(embedding.vectors) for embedding in self.tokens.embeddings]
+        ours = [_shapes(embedding.vectors) for embedding in self.tokens.trained]
         if ours != [_shapes(vectors) for vectors in saved["tokens"]]:
             return False
+        if self.tokens.beside:  # they may have learned already, which changes the loss
+            return True
         initial_loss = saved["evaluations"][0]["learned"].mean().item()
         return math.isclose(initial_loss, self.progress.initial_loss, rel_tol=1e-3)
 

@@ -1,4 +1,4 @@
-"""The only training loop."""
+"""The training loop of one concept."""
 
 import math
 from collections.abc import Generator, Sequence
@@ -15,11 +15,12 @@ from .dataset import Batch, Dataset, training_batches
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
 from .evaluation import Difference, Evaluator, fairest, flat, settled
-from .gradients import Gradients
+from .gradients import Share, compute_gradients
 from .image_tokens import TrainedTokens, new_image_tokens
 from .memory import enable_checkpointing_if_needed, out_of_memory_explained
 from .objective import batch_loss
 from .optimizers import OPTIMIZERS, learning_rate, make_optimizer
+from .processes import ALONE, Processes
 from .state import Progress, TrainState
 
 # The default schedule, in steps and shares (docs/method.md).
@@ -84,12 +85,18 @@ class Choice:
     vectors: Embedding
 
 
+Reply = float | bool | Choice | None  # what a `Learner` is sent
+Learner = Generator[Share | Step, Reply, None]
+"""One concept that learns (see ``learn``)."""
+
+
 def train(
     model: TrainableModel,
     embedding: Embedding,
     dataset: Dataset,
     config: TrainConfig,
     saved: dict[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> Generator[Step, bool | Choice | None, None]:
     """Learns v* = argmin E ||eps - eps_theta(z_t, t, c_theta(y))||^2 (arXiv 2208.01618, equation 2).
 
@@ -101,22 +108,58 @@ def train(
 
     ``saved`` is the ``TrainState.to_dict`` of an earlier run with the same pictures and settings:
     training resumes there, on a CPU bit for bit. The state of another model is ignored; the number
-    of the first step is then 0.
+    of the first step is then 0. ``processes`` share the rows of every batch.
 
     Raises:
         UserError: a prompt of the dataset has no room for the vectors, or the optimizer ignores a changed setting.
         TrainingError: no gradient reached the vectors, the very first loss is not finite, or memory ran out.
         TrainingStopped: loss or gradient stayed NaN, or memory ran out, later; the last step's ``best`` is good.
     """
+    learner = learn(model, embedding, dataset, config, saved, processes=processes)
+    reply: Reply = None
+    while (asked := next_of(learner, reply)) is not None:
+        if isinstance(asked, Step):
+            reply = yield asked
+        else:
+            with out_of_memory_explained(asked.number):
+                (reply,) = compute_gradients(model, asked, processes=processes)
+
+
+def next_of(learner: Learner, reply: Reply) -> Share | Step | None:
+    """What ``learner`` asks or tells after this reply; None when it has ended."""
+    try:
+        return learner.send(reply)
+    except StopIteration:
+        return None
+
+
+def learn(
+    model: TrainableModel,
+    embedding: Embedding,
+    dataset: Dataset,
+    config: TrainConfig,
+    saved: dict[str, Any] | None = None,
+    average: Embedding | None = None,
+    beside: Sequence[Embedding] = (),
+    processes: Processes = ALONE,
+) -> Learner:
+    """One concept's part of training; the rest is as in ``train``.
+
+    It yields a ``Share`` where it needs gradients and wants their loss sent back, so that several concepts can be
+    computed in one pass (``library.learn_together``), and a ``Step`` after every optimizer step.
+
+    ``average`` becomes the running mean of the embedding: whoever made it, a copy of ``embedding``, sees it change.
+    ``beside`` are those of other concepts that the captions name.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     batches = training_batches(dataset, config, generator)
-    tokens = _trained_tokens(model, embedding, dataset, config)
+    tokens = _trained_tokens(model, embedding, dataset, config, beside)
     _check_prompts(model, tokens, dataset)
     optimizer = make_optimizer(tokens, config)
-    evaluator = Evaluator(model, tokens, dataset, config)
+    evaluator = Evaluator(model, tokens, dataset, config, processes)
     with out_of_memory_explained(0):
         enable_checkpointing_if_needed(model, tokens.embeddings, evaluator.block(0), config.batch_size)
-        state = _initial_state(tokens, optimizer, evaluator, config)
+        state = _initial_state(tokens, average, optimizer, evaluator, config)
     if saved and state.is_same_model(saved):
         state.resume(saved)
         # The random numbers of the steps already done, and of those that were skipped.
@@ -125,20 +168,20 @@ def train(
     fixed_loss = _evaluate_if_due(state, evaluator, config) if state.progress.step else state.progress.initial_loss
     stop = yield Step(state.progress, 0.0, fixed_loss, state)
 
-    gradients, unusable = Gradients(model, tokens), 0
+    share, unusable = Share(tokens), 0
     while not stop and state.progress.step < config.steps and not finished(state.progress, config):
-        number = state.progress.step + 1
-        drawn = list(islice(batches, config.accumulation))
-        with out_of_memory_explained(number):
-            loss = gradients.compute(drawn)
-        if not (math.isfinite(loss) and gradients.finite()):
+        number = share.number = state.progress.step + 1
+        share.batches = list(islice(batches, config.accumulation))
+        loss = yield share
+        assert isinstance(loss, float)
+        if not (math.isfinite(loss) and share.finite):
             unusable += 1
             _check_skipped(unusable, number)
             state.progress = replace(state.progress, skipped=state.progress.skipped + 1)
             continue
         unusable = 0
         if number == 1:
-            _check_gradients(model, tokens, drawn[0])
+            _check_gradients(model, tokens, share.batches[0])
         state.agreement.add([vectors.grad for vectors in tokens.concept.parameters() if vectors.grad is not None])
         rate = _set_rates(optimizer, state, config)
         # No interruption point before the progress is set: a saved state must be consistent.
@@ -185,9 +228,15 @@ def earliest_end(progress: Progress, config: TrainConfig) -> int:
 
 
 def _initial_state(
-    tokens: TrainedTokens, optimizer: torch.optim.Optimizer, evaluator: Evaluator, config: TrainConfig
+    tokens: TrainedTokens,
+    average: Embedding | None,
+    optimizer: torch.optim.Optimizer,
+    evaluator: Evaluator,
+    config: TrainConfig,
 ) -> TrainState:
     ema = tokens.snapshot()
+    if average is not None:
+        ema = replace(ema, concept=average)
     longest_wait = min(LONGEST_WAIT, config.steps * LONGEST_WAIT_SHARE)
     waits = bool(tokens.per_image) and longest_wait >= config.evaluate_every
     first = evaluator.evaluate(0, ema, (), released=not waits)
@@ -303,10 +352,14 @@ def check_prompts(model: TrainableModel, embedding: Embedding, dataset: Dataset,
 
 
 def _trained_tokens(
-    model: TrainableModel, embedding: Embedding, dataset: Dataset, config: TrainConfig
+    model: TrainableModel,
+    embedding: Embedding,
+    dataset: Dataset,
+    config: TrainConfig,
+    beside: Sequence[Embedding] = (),
 ) -> TrainedTokens:
     image_tokens = new_image_tokens(model.vocabularies(), dataset.image_triggers, embedding, config.per_image_tokens)
-    return TrainedTokens(embedding, image_tokens)
+    return TrainedTokens(embedding, image_tokens, tuple(beside))
 
 
 def _check_prompts(model: TrainableModel, tokens: TrainedTokens, dataset: Dataset) -> None:

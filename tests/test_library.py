@@ -1,0 +1,214 @@
+"""Many concepts in one run, on ComfyUI's own SD1 and SDXL classes at small width."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from textual_inversion import Step, TrainConfig, UserError, initial_embedding, train
+from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.dataset import Dataset
+from textual_inversion.embedding import Embedding
+from textual_inversion.gradients import compute_gradients
+from textual_inversion.library import (
+    Concept,
+    by_concept,
+    check_triggers,
+    learn_together,
+    linked,
+    unknown_words,
+)
+
+CONFIG = TrainConfig(initializer="toy", steps=4, batch_size=2, evaluate_every=4, patience=0)
+WORDS = ("<dog>", "<cat>", "<car>")
+
+
+@pytest.fixture
+def sd1(checkpoints, load):
+    return load(checkpoints["SmallSD1"])
+
+
+@dataclass
+class Run:
+    """One concept as ``learn_together`` wants it."""
+
+    concept: Concept
+    dataset: Dataset
+    model: ComfyModel
+    config: TrainConfig
+    saved: dict[str, Any] | None = None
+    resumed: list[bool] = field(default_factory=list)
+
+    def begin(self, resume: bool) -> tuple[Embedding, TrainConfig]:
+        self.resumed.append(resume)
+        return initial_embedding(self.model.vocabularies(), self.concept.trigger, "toy", 1), self.config
+
+
+def runs_of(model: ComfyModel, concepts: Sequence[Concept], config: TrainConfig = CONFIG) -> list[Run]:
+    configs = [replace(config, trigger=concept.trigger) for concept in concepts]
+    return [
+        Run(concept, concept.dataset(model.encode_images, one), model, one)
+        for concept, one in zip(concepts, configs, strict=True)
+    ]
+
+
+def learned(model: ComfyModel, runs: Sequence[Run], at_once: int, on_news: Callable = lambda run, step: None):
+    """The last step of each run by its trigger word, or its error."""
+    last: dict[str, Step | Exception] = {}
+    news = learn_together(model, runs, at_once)
+    reply = None
+    while True:
+        try:
+            run, step = news.send(reply)
+        except StopIteration:
+            return last
+        last[run.concept.trigger] = step
+        reply = on_news(run, step)
+
+
+def three(pictures) -> list[Concept]:
+    """Concepts with one, two and three pictures; one with captions, one with masks and other shapes."""
+    images = pictures(6)
+    masks = [torch.ones(1, *image.shape[1:3]) for image in images[3:]]
+    return [
+        Concept("<dog>", images[:1], [], ["a dog on a red background"]),
+        Concept("<cat>", images[1:3], [], []),
+        Concept("<car>", images[3:], masks, []),
+    ]
+
+
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_each_learns_what_it_learns_alone(graph, pictures, at_once):
+    """Alone, and in passes shared with others, whatever they have: captions, masks, other numbers of pictures."""
+    model, concepts = ComfyModel(*graph), three(pictures)
+    runs = runs_of(model, concepts)
+    with model.training() as trainable:
+        together = learned(model, runs, at_once)
+        for run in runs:
+            start = initial_embedding(trainable.vocabularies(), run.concept.trigger, "toy", 1)
+            *_, alone = train(trainable, start.trainable(), run.dataset, run.config)
+            last = together[run.concept.trigger]
+            assert isinstance(last, Step)
+            assert last.number == CONFIG.steps
+            for key, vectors in alone.best.vectors.items():
+                assert not torch.equal(vectors, start.vectors[key])
+                torch.testing.assert_close(last.best.vectors[key], vectors, rtol=1e-4, atol=1e-6)
+
+
+def test_passes_are_shared_and_ended_concepts_make_room(sd1, pictures, monkeypatch):
+    model = ComfyModel(*sd1)
+    runs = runs_of(model, three(pictures))
+    runs[0].config = replace(runs[0].config, steps=2)
+    passes = []
+
+    def counted(model, *shares, processes):
+        passes.append([share.tokens.concept.trigger for share in shares])
+        return compute_gradients(model, *shares, processes=processes)
+
+    monkeypatch.setattr("textual_inversion.library.compute_gradients", counted)
+    with model.training():
+        learned(model, runs, at_once=2)
+    assert passes == [["<dog>", "<cat>"]] * 2 + [["<cat>", "<car>"]] * 2 + [["<car>"]] * 2
+
+
+def test_one_can_be_stopped_and_one_can_fail(sd1, pictures):
+    model = ComfyModel(*sd1)
+    runs = runs_of(model, three(pictures))
+    runs[1].config = replace(runs[1].config, vectors=1, learning_rate=float("inf"))  # NaN in its second step
+
+    def stop_dog(run: Run, step: Any) -> bool | None:
+        return True if run.concept.trigger == "<dog>" and step.number == 3 else None
+
+    with model.training():
+        last = learned(model, runs, 3, stop_dog)
+    assert isinstance(last["<dog>"], Step)
+    assert last["<dog>"].number == last["<dog>"].progress.evaluated_step == 3
+    assert not isinstance(last["<cat>"], Step)
+    assert isinstance(last["<car>"], Step)
+    assert last["<car>"].number == CONFIG.steps
+
+
+def test_out_of_memory_halves_the_pass(sd1, pictures, monkeypatch):
+    model = ComfyModel(*sd1)
+    runs = runs_of(model, three(pictures))
+
+    def small_card(model, *shares, processes):
+        if len(shares) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute_gradients(model, *shares, processes=processes)
+
+    monkeypatch.setattr("textual_inversion.library.compute_gradients", small_card)
+    with model.training():
+        last = learned(model, runs, at_once=3)
+    assert [step.number for step in last.values() if isinstance(step, Step)] == [CONFIG.steps] * 3
+
+
+def test_captions_name_several(sd1, pictures):
+    """A picture teaches every concept that its caption names; those learn at the same time, each beside the other."""
+    images = pictures(4)
+    captions = ["a photo of {} next to <cat>", "a {}", "", "{} behind a <DOG>"]
+    concepts = by_concept(["<dog>", "<dog>", "<car>", "<cat>"], images, [], captions, "object")
+    dog, car, cat = concepts
+    assert [len(concept.images) for concept in concepts] == [3, 1, 2]
+    assert (dog.beside, car.beside, cat.beside) == (("<cat>",), (), ("<dog>",))
+    assert linked(concepts) == [[0, 2], [1]]
+    model = ComfyModel(*sd1)
+    runs = runs_of(model, concepts)
+    steps: dict[str, list[int]] = {word: [] for word in WORDS}
+    with model.training():
+        last = learned(model, runs, 1, lambda run, step: steps[run.concept.trigger].append(step.number))
+    assert steps == {word: list(range(CONFIG.steps + 1)) for word in WORDS}
+    for step in last.values():
+        assert isinstance(step, Step)
+        assert all(vectors.grad is None for other in step.state.tokens.beside for vectors in other.parameters())
+    beside = last["<dog>"].state.tokens.beside  # type: ignore[union-attr]
+    assert all(
+        torch.equal(beside[0].vectors[key], last["<cat>"].state.ema.concept.vectors[key]) for key in beside[0].vectors
+    )  # type: ignore[union-attr]
+
+
+def test_resumes(sd1, pictures):
+    """Every concept goes on where it was; on a CPU they end as without a break."""
+    model = ComfyModel(*sd1)
+    images = pictures(3)
+    concepts = by_concept(list(WORDS), images, [], ["{} beside <cat>", "", ""], "object")
+    states: dict[str, Any] = {}
+
+    def note(run: Run, step: Any) -> None:
+        states[run.concept.trigger] = copy.deepcopy(step.state.to_dict())
+
+    with model.training():
+        whole = learned(model, runs_of(model, concepts), 1)
+    with model.training():
+        runs = runs_of(model, concepts, replace(CONFIG, steps=2))
+        learned(model, runs, 1, note)
+        runs = runs_of(model, concepts)
+        for run in runs:
+            run.saved = states[run.concept.trigger]
+        first: dict[str, int] = {}
+        resumed = learned(model, runs, 1, lambda run, step: first.setdefault(run.concept.trigger, step.number) and None)
+    assert first == dict.fromkeys(WORDS, 2)
+    for word in WORDS:
+        for key, vectors in whole[word].best.vectors.items():  # type: ignore[union-attr]
+            assert torch.equal(vectors, resumed[word].best.vectors[key])  # type: ignore[union-attr]
+
+
+def test_words_that_would_be_mixed_up():
+    check_triggers(["<cat>", "cat-toy"])
+    for words in (["<cat>", "<Cat>"], ["<cat>", "cat"], ["Ä", "ä"]):
+        with pytest.raises(UserError, match="same word or the same file"):
+            check_triggers(words)
+    with pytest.raises(UserError, match="contains"):
+        check_triggers(["<cat>", "my cat"])
+    assert unknown_words(["<cat>"], ["a <Cat> next to <dog>", "<dog> and 1 < 2 > 1"]) == ["<dog>"]
+
+
+def test_numbers_must_fit(pictures):
+    images = pictures(3)
+    with pytest.raises(UserError, match="2 trigger words for 3 pictures"):
+        by_concept(["a1", "b1"], images, [], [], "object")
+    with pytest.raises(UserError, match="1 masks for 3 pictures"):
+        by_concept(["a1", "b1", "b1"], images, [torch.ones(1, 8, 8)], [], "object")
