@@ -3,13 +3,16 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from textual_inversion import Step, TrainConfig, UserError, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.concept_folders import load_concepts
 from textual_inversion.dataset import Dataset
 from textual_inversion.embedding import Embedding
 from textual_inversion.gradients import compute_gradients
@@ -178,7 +181,8 @@ def test_resumes(sd1, pictures):
     states: dict[str, Any] = {}
 
     def note(run: Run, step: Any) -> None:
-        states[run.concept.trigger] = copy.deepcopy(step.state.to_dict())
+        if isinstance(step, Step):
+            states[run.concept.trigger] = copy.deepcopy(step.state.to_dict())
 
     with model.training():
         whole = learned(model, runs_of(model, concepts), 1)
@@ -212,3 +216,41 @@ def test_numbers_must_fit(pictures):
         by_concept(["a1", "b1"], images, [], [], "object")
     with pytest.raises(UserError, match="1 masks for 3 pictures"):
         by_concept(["a1", "b1", "b1"], images, [torch.ones(1, 8, 8)], [], "object")
+
+
+def saved(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (32, 32), "red").save(folder / name)
+
+
+def test_folders_are_concepts(tmp_path):
+    """What cannot be used is named, and the others go on."""
+    saved(tmp_path / "cat", "1.png", "2.png")
+    saved(tmp_path / "my dog", "1.png")
+    (tmp_path / "my dog/1.txt").write_text("{} next to <cat>")
+    (tmp_path / "my dog/notes.md").write_text("no picture")
+    saved(tmp_path / "My_Dog", "1.png")
+    (tmp_path / "empty").mkdir()
+    saved(tmp_path / ("x" * 80), "1.png")
+    saved(tmp_path / ".hidden", "1.png")
+    (tmp_path / "notes.txt").write_text("a caption of nothing")
+    pictures, triggers = load_concepts(tmp_path, 0)
+    assert triggers == ["<My_Dog>", "<cat>", "<cat>"]
+    assert {name: reason[:30] for name, reason in pictures.left_out} == {
+        "empty/": "There are no pictures in the f",
+        "my dog/": "its name makes the same word a",
+        f"{'x' * 80}/": "The trigger word is 82 bytes l",
+    }
+    assert pictures.captions == ["", "", ""]
+
+
+def test_pictures_of_a_folder_are_one_concept(tmp_path):
+    saved(tmp_path / "mug", "1.png", "2.png")
+    saved(tmp_path / "mug/old", "3.png")
+    pictures, triggers = load_concepts(tmp_path / "mug", 0)
+    assert triggers == ["<mug>", "<mug>"]
+    assert [name for name, _ in pictures.left_out] == ["old/"]
+    (tmp_path / "none/inside").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"none of the 1 folders inside can be used, the first because There are no"):
+        load_concepts(tmp_path / "none", 0)
