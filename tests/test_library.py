@@ -167,10 +167,11 @@ def test_captions_name_several(sd1, pictures):
     for step in last.values():
         assert isinstance(step, Step)
         assert all(vectors.grad is None for other in step.state.tokens.beside for vectors in other.parameters())
-    beside = last["<dog>"].state.tokens.beside  # type: ignore[union-attr]
-    assert all(
-        torch.equal(beside[0].vectors[key], last["<cat>"].state.ema.concept.vectors[key]) for key in beside[0].vectors
-    )  # type: ignore[union-attr]
+    dog_step, cat_step = last["<dog>"], last["<cat>"]
+    assert isinstance(dog_step, Step)
+    assert isinstance(cat_step, Step)
+    (seen,), cats = dog_step.state.tokens.beside, cat_step.state.ema.concept
+    assert all(torch.equal(vectors, cats.vectors[key]) for key, vectors in seen.vectors.items())
 
 
 def test_resumes(sd1, pictures):
