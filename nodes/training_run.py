@@ -198,12 +198,17 @@ class TrainingRun:
                 if last is not first:
                     self.record(last, time.perf_counter() - began)
                 self.show(last, progress)  # raises ComfyUI's interrupt
-                if last.number and self.live.stop.is_set():  # one loss alone is no curve for Plot Loss Graph
-                    return self.stopped(steps)
+                if self.is_last(last) or self.live.stop.is_set():
+                    self.live.close()
+                    if last.number and self.live.stop.is_set():  # one loss alone is no curve for Plot Loss Graph
+                        return self.stopped(steps)
                 began = time.perf_counter()
             return last, ""
         except TrainingStopped as error:
+            self.live.close()
             ended = f"{error} Kept the vectors of step {last.best_step}."
+            if self.live.chosen is not None:
+                ended += f" Choose the preview of step {self.live.chosen} again to save its embedding."
             logging.warning("Textual inversion: %s", ended)
             return last, ended
         except BaseException:  # ComfyUI's interrupt is not an Exception
@@ -294,8 +299,12 @@ class TrainingRun:
 
     def preview_is_due(self, step: Step) -> bool:
         every = self.request.preview.preview_every
-        last = step.number >= self.config.steps or finished(step.progress, self.config)  # drawn as the result anyway
-        return every > 0 and step.number % every == 0 and not last and not self.preview_failed
+        wanted = every > 0 and step.number % every == 0 and not self.preview_failed
+        return wanted and not self.is_last(step)  # that is drawn as the result anyway
+
+    def is_last(self, step: Step) -> bool:
+        """Whether training ends by itself after this step."""
+        return step.number >= self.config.steps or finished(step.progress, self.config)
 
     def draw(self, model: DiffusionModel, embedding: Embedding, number: int) -> None:
         """One preview of the vectors at step ``number``, with a picture for each prompt beside one another.

@@ -520,6 +520,61 @@ def test_only_the_browser_that_queued_a_run_hears_of_it(server):
     other.close()
     assert heard
     assert EVENT not in heard
+    (told,) = [event["data"]["run"] for event in run.events if event["type"] == EVENT and event["data"]["step"] == 6][
+        -1:
+    ]
+    assert told in {record["run"] for record in server.training_runs()}
+    for stranger in ("", "?client_id=", "?client_id=somebody-else", "?client_id[]=", f"?client={server.client_id}"):
+        answer = server.http.get(f"{server.url}/textual_inversion/runs{stranger}", timeout=60)
+        assert answer.json() == []
+
+
+def test_a_run_that_no_browser_queued_is_told_to_none(server):
+    other = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=somebody-else", timeout=60)
+    prompt = {name: learning_graph(seed=96)[name] for name in ("load", "images", "settings", "train")}
+    server.http.post(f"{server.url}/prompt", json={"prompt": prompt}, timeout=60).raise_for_status()
+    queued, heard = 1, []
+    while queued:
+        message = other.recv()
+        event = json.loads(message) if isinstance(message, str) else {}
+        heard.append(event.get("type"))
+        if heard[-1] == "status":
+            queued = event["data"]["status"]["exec_info"]["queue_remaining"]
+    other.close()
+    assert EVENT not in heard
+    assert server.http.get(f"{server.url}/textual_inversion/runs?client_id=", timeout=60).json() == []
+
+
+def test_the_latest_hundred_runs_are_remembered(server):
+    """Each of another workflow; they fail at once, before any picture is encoded."""
+    graph = learning_graph(kind="custom", template="no word", seed=97)
+    for number in range(101):
+        assert server.run(graph, check=False, workflow_id=f"workflow-{number}").error is not None
+    known = [record["workflow"] for record in server.training_runs()]
+    assert known == [f"workflow-{number}" for number in range(1, 101)]
+
+
+def test_a_preview_that_is_chosen_while_a_run_ends_is_kept_or_refused(server):
+    """After *Stop and keep* the last evaluation takes a while: what is chosen meanwhile must not be forgotten."""
+    graph = at_once(learning_graph(steps=5000, seed=98, size=192, preview_every=0))
+    graph["settings"]["inputs"]["evaluate_every"] = 5000
+    asked = {}
+
+    def click(event):
+        record = event["data"]
+        if event["type"] != EVENT or record["state"] != "learning" or not record["rate"] or "keep" in asked:
+            return
+        address = f"{server.url}/textual_inversion/runs/{record['run']}"
+        if "preview" not in asked:
+            asked["preview"] = server.http.post(f"{address}/preview", timeout=60)
+        elif record["pictures"]:
+            asked["stop"] = server.http.post(f"{address}/stop", timeout=60)
+            time.sleep(1.5 * 2 / record["rate"])  # a step takes 2 / rate seconds, the evaluation many times as much
+            asked["keep"] = server.http.post(f"{address}/keep/{record['pictures'][0]['step']}", timeout=60)
+
+    run = server.run(graph, on_event=click)
+    accepted = asked["keep"].ok and asked["keep"].json()["saved"] == ""
+    assert accepted == ("Stopped by hand to keep what the preview of step" in report_of(run))
 
 
 def test_a_record_is_json_that_browsers_read():
