@@ -73,6 +73,7 @@ class ComfyServer:
         self.pack_name, self.options = pack_name, options
         self.packs = {pack_name: ROOT, DEMO_PACK_NAME: ROOT / "demo/comfyui_pack", **packs}
         self.checkpoints = [*(ROOT / "demo/models").glob("toy.safetensors"), *checkpoints]
+        self.client_id = uuid.uuid4().hex
         self.http = requests.Session()
         self.http.trust_env = False  # a proxy must not see requests to this machine
 
@@ -105,9 +106,9 @@ class ComfyServer:
         """Schemas of every node, or of the one named."""
         return self._get(f"/object_info/{node}" if node else "/object_info")
 
-    def submit(self, prompt: dict[str, Any], client_id: str = "", workflow_id: str = "") -> str:
+    def submit(self, prompt: dict[str, Any], workflow_id: str = "") -> str:
         """Queue a graph in API format, as part of that workflow if one is named, and return its prompt id."""
-        data = {"prompt": prompt, "client_id": client_id}
+        data = {"prompt": prompt, "client_id": self.client_id}
         data["extra_data"] = {"extra_pnginfo": {"workflow": {"id": workflow_id}}} if workflow_id else {}
         answer = self.http.post(f"{self.url}/prompt", json=data, timeout=60)
         if answer.status_code != 200:
@@ -127,11 +128,10 @@ class ComfyServer:
         A failed or interrupted graph raises ComfyError, or with `check=False` is told by
         `Run.error`.  `on_event` sees every event as it comes.
         """
-        client_id = uuid.uuid4().hex
-        address = f"ws://127.0.0.1:{self.port}/ws?clientId={client_id}"
+        address = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
         connection = websocket.create_connection(address, timeout=timeout)
         try:
-            run = Run(self.submit(prompt, client_id, workflow_id))
+            run = Run(self.submit(prompt, workflow_id))
             self._follow(connection, run, on_event)
         except websocket.WebSocketException as error:
             raise ComfyError(f"{error} while a graph ran:\n{_tail(self.log)}") from error
@@ -164,8 +164,8 @@ class ComfyServer:
         return event
 
     def training_runs(self) -> list[dict[str, Any]]:
-        """What the panels of Train nodes show."""
-        return self._get("/textual_inversion/runs")
+        """What the panels of Train nodes show to whom queued the graphs."""
+        return self._get(f"/textual_inversion/runs?client_id={self.client_id}")
 
     def interrupt(self) -> None:
         """Stop the graph that is running."""

@@ -105,6 +105,12 @@ def workflow_id(extra_pnginfo: Any) -> str:
     return number if isinstance(number, str) and len(number) <= LONGEST_ID else ""
 
 
+def connected(prompt: dict | None, node_id: str | None, name: str) -> dict:
+    """The node that is connected to this input, as it is in a prompt; empty where there is none."""
+    link = (prompt or {}).get(node_id, {}).get("inputs", {}).get(name)
+    return (prompt or {}).get(link[0], {}) if isinstance(link, list) and link else {}
+
+
 def base_model(prompt: dict | None, node_id: str | None) -> str:
     """File name of the model that a node trains on: that of the nearest loader upstream of its MODEL input."""
     while prompt and node_id in prompt:

@@ -60,12 +60,15 @@ class LiveRun:
 
     def __init__(self, workflow: str, node: str) -> None:
         self.record = Record(workflow, node, uuid.uuid4().hex)
+        self.client = PromptServer.instance.client_id  # the browser tab that queued the run; empty for a bare API call
         self.stop, self.preview = threading.Event(), threading.Event()
         self.pictured: dict[int, Embedding] = {}  # what the preview of each step shows
         self.chosen: int | None = None  # the step whose preview somebody wants to keep
+        self._closed, self._choosing = False, threading.Lock()
         self._told = -math.inf
-        RUNS.pop((workflow, node), None)
-        RUNS[workflow, node] = self
+        key = (self.client, workflow, node)
+        RUNS.pop(key, None)
+        RUNS[key] = self
         while len(RUNS) > MOST_RUNS:
             del RUNS[next(iter(RUNS))]
         self.tell("encoding")
@@ -74,6 +77,7 @@ class LiveRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close()
         if kind is None:
             self.tell("done")
         elif issubclass(kind, InterruptProcessingException):
@@ -87,15 +91,29 @@ class LiveRun:
         self.record = replace(self.record, state=state, **changes)
         if not same or now - self._told >= SECONDS_BETWEEN_EVENTS:
             self._told = now
-            # To the browser that queued the run, as ComfyUI's own progress; others ask for the runs when they open.
-            PromptServer.instance.send_sync(EVENT, self.record.to_dict(), PromptServer.instance.client_id)
+            if self.client:  # otherwise all would hear of it
+                PromptServer.instance.send_sync(EVENT, self.record.to_dict(), self.client)
+
+    def choose(self, step: int) -> bool:
+        """Makes what the preview of ``step`` shows the result, and ends training; False where it is too late."""
+        with self._choosing:
+            if self._closed:
+                return False
+            self.chosen = step
+            self.stop.set()
+            return True
+
+    def close(self) -> None:
+        """From now on nobody can choose: what was chosen until now counts."""
+        with self._choosing:
+            self._closed = True
 
     @property
     def ended(self) -> bool:
         return self.record.state in ("done", "cancelled", "failed")
 
 
-RUNS: dict[tuple[str, str], LiveRun] = {}  # the latest run of each node since ComfyUI started, oldest first
+RUNS: dict[tuple[Any, str, str], LiveRun] = {}  # of each client, workflow and node the latest run, oldest first
 
 
 def _finite(value: Any) -> Any:
@@ -112,13 +130,13 @@ def thinned(losses: Sequence[float]) -> Curve:
     return [(first, fmean(losses[first : first + size])) for first in range(0, len(losses), size)]
 
 
-def keep(run: LiveRun, step: int) -> str:
+def keep(run: LiveRun, step: int) -> str | None:
     """Makes what the preview of ``step`` shows the result of a run; of one that has ended, saves it and returns how
-    prompts name it."""
-    if not run.ended:
-        run.chosen = step
-        run.stop.set()
+    prompts name it. None where the run is just ending."""
+    if run.choose(step):
         return ""
+    if not run.ended:
+        return None
     embedding = run.pictured[step]
     name = f"{formats.file_name(embedding.trigger)}-step-{step}"
     (path,) = formats.write_new(embedding, embeddings_folder(), name)
@@ -131,7 +149,10 @@ def add_run_routes() -> None:
 
     @routes.get("/textual_inversion/runs")
     async def runs(request: web.Request) -> web.Response:
-        return web.json_response([run.record.to_dict() for run in list(RUNS.values())])
+        """Those that the client queued who asks; it keeps its id when its page is loaded again."""
+        client = request.query.get("client_id")
+        own = [run for run in list(RUNS.values()) if client and run.client == client]
+        return web.json_response([run.record.to_dict() for run in own])
 
     @routes.post("/textual_inversion/runs/{run}/{action:stop|preview}")
     async def act(request: web.Request) -> web.Response:
@@ -144,9 +165,12 @@ def add_run_routes() -> None:
     @routes.post(r"/textual_inversion/runs/{run}/keep/{step:\d{1,9}}")
     async def keep_picture(request: web.Request) -> web.Response:
         run, step = _run(request), int(request.match_info["step"])
-        if run is None or step not in run.pictured or run.record.state == "finishing":
+        if run is None or step not in run.pictured:
             return web.json_response({"error": "The embedding of this picture is gone."}, status=404)
-        return web.json_response({"saved": await asyncio.to_thread(keep, run, step)})
+        saved = await asyncio.to_thread(keep, run, step)
+        if saved is None:
+            return web.json_response({"error": "The run is ending: try again when it has ended."}, status=409)
+        return web.json_response({"saved": saved})
 
 
 def _run(request: web.Request) -> LiveRun | None:

@@ -1,10 +1,17 @@
+from collections.abc import MutableMapping
+
 import folder_paths
 from comfy_api.latest import io
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..textual_inversion import UserError
-from ..textual_inversion.pictures import load_folder
+from ..textual_inversion.pictures import LeftOut, load_folder
 from .picture_folders import chosen_folder, roots
 from .sockets import CATEGORY
+
+# Files of a folder that are not used, by its first picture: for Train's report.
+LEFT_OUT: MutableMapping[Tensor, list[LeftOut]] = WeakTensorKeyDictionary()
 
 
 class LoadImages(io.ComfyNode):
@@ -86,5 +93,6 @@ class LoadImages(io.ComfyNode):
                 "Load Images has no pictures: press 'Add pictures' in it, or choose a folder with pictures."
             )
         loaded = load_folder(place, size, crop == "square", roots())
+        LEFT_OUT[loaded.images[0]] = loaded.left_out
         left_out = [file._asdict() for file in loaded.left_out]
         return io.NodeOutput(loaded.images, loaded.masks, loaded.captions, ui={"left_out": left_out})

@@ -13,13 +13,15 @@ from ..textual_inversion.formats import file_name
 from ..textual_inversion.optimizers import check_settings
 from ..textual_inversion.prompts import check_trigger
 from ..textual_inversion.state import fingerprint
-from .files import base_model, workflow_id
+from .files import base_model, connected, workflow_id
 from .live import LiveRun
+from .load_images import LEFT_OUT
 from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, SettingsSocket, config_of, widget
 from .state_file import StateFile
 from .training_run import Request, run_training
 
 LIST_AS_TEXT = re.compile(r"\[\s*(['\"].*['\"]|[\d., ]*|None.*)\s*\]", re.DOTALL)
+LOAD_IMAGE = ("LoadImage", "LoadImageOutput")  # ComfyUI's, whose masks are inverted
 
 
 class Train(io.ComfyNode):
@@ -96,6 +98,7 @@ class Train(io.ComfyNode):
         check_settings(config)
         pictures, masks, captions = _single(images), _single(masks or []), captions or []
         _check_no_list_as_text(captions)
+        _check_mask_of_load_image(masks, connected(cls.hidden.prompt, cls.hidden.unique_id, "masks"))
         check_pictures(pictures, masks, captions)
         continued = resume[0] if resume else None
         inputs = [*pictures, *masks, *(continued.parameters() if continued else ())]
@@ -107,7 +110,7 @@ class Train(io.ComfyNode):
             sampling = preview.preview_sampler, preview.preview_scheduler
             comfy_model = ComfyModel(model[0], clip[0], vae[0], config.gradient_checkpointing, *sampling)
             dataset = make_dataset(comfy_model.encode_images, pictures, masks, captions, config)
-            request = Request(config, preview, continued, base)
+            request = Request(config, preview, continued, base, LEFT_OUT.get(images[0], ()))
             result = run_training(comfy_model, dataset, request, live, state_file)
         shown = {"text": [result.report], "textual_inversion": [live.record.to_dict()]}
         return io.NodeOutput(
@@ -133,6 +136,16 @@ def _check_no_list_as_text(captions: Sequence[Any]) -> None:
                 "The captions are a list that has become one text: connect Load Images, or another node that gives a "
                 "list of texts, one for each picture."
             )
+
+
+def _check_mask_of_load_image(masks: Sequence[Tensor], source: Mapping[str, Any]) -> None:
+    """Raises UserError where ``source``, the node that masks come from, is ComfyUI's Load Image and one is empty."""
+    file = source.get("inputs", {}).get("image")
+    if source.get("class_type") in LOAD_IMAGE and not all(mask.any() for mask in masks):
+        raise UserError(
+            f"Nothing is white in the mask of {file!r:.100}, so nothing would be learned: invert it, since Load Image "
+            "makes white what is transparent (put Invert Mask in between), or connect no masks."
+        )
 
 
 def _single(batches: list[Tensor]) -> list[Tensor]:

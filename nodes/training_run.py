@@ -29,6 +29,8 @@ from ..textual_inversion.adapters.protocol import DiffusionModel, TrainableModel
 from ..textual_inversion.dataset import Dataset
 from ..textual_inversion.devices import is_out_of_memory
 from ..textual_inversion.initializer import with_initializer
+from ..textual_inversion.memory import out_of_memory_explained
+from ..textual_inversion.pictures import LeftOut
 from ..textual_inversion.prompts import has_trigger, place_trigger
 from ..textual_inversion.report import described, how_it_ended, learned_embedding, more_steps, report
 from ..textual_inversion.training import Choice, check_prompts, earliest_end, finished, still_improving
@@ -50,6 +52,8 @@ class Request:
     """An embedding to train further."""
     base_model: str
     """File name of the model, for the metadata."""
+    left_out: Sequence[LeftOut] = ()
+    """Files beside the pictures that are not used."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def run_training(model: ComfyModel, dataset: Dataset, request: Request, live: Li
         ended = ended or how_it_ended(last.progress, config)
         live.tell("finishing", message=" ".join(filter(None, [live.record.message, ended])))
         origin = "the given embedding" if request.continued else repr(config.initializer)
-        text = report(trainable, dataset, config, start, last, origin, ended)
+        text = report(trainable, dataset, config, start, last, origin, ended, request.left_out)
     if not model.supports_embedding_files:
         text += "\nembedding:NAME does not work with this text encoder: use Load Embedding and Apply Embedding."
     run.draw(model, learned, last.number)
@@ -110,10 +114,12 @@ def starting_point(
     if request.continued is not None:
         widths = {key: vocabulary.vectors.shape[1] for key, vocabulary in vocabularies.items()}
         start = request.continued.renamed(config.trigger).for_encoders(widths)
-        model.check_compatible(dataset.latents[0], config.trigger, start)
+        with out_of_memory_explained(0):
+            model.check_compatible(dataset.latents[0], config.trigger, start)
         return start, replace(config, vectors=start.count)
     start = initial_embedding(vocabularies, config.trigger, config.initializer, config.vectors)
-    model.check_compatible(dataset.latents[0], config.trigger, start)
+    with out_of_memory_explained(0):
+        model.check_compatible(dataset.latents[0], config.trigger, start)
     check_prompts(model, start, dataset, config)  # before a search that takes its time
     if saved:
         config = replace(config, initializer=saved["initializer"])
@@ -198,12 +204,17 @@ class TrainingRun:
                 if last is not first:
                     self.record(last, time.perf_counter() - began)
                 self.show(last, progress)  # raises ComfyUI's interrupt
-                if last.number and self.live.stop.is_set():  # one loss alone is no curve for Plot Loss Graph
-                    return self.stopped(steps)
+                if self.is_last(last) or self.live.stop.is_set():
+                    self.live.close()
+                    if last.number and self.live.stop.is_set():  # one loss alone is no curve for Plot Loss Graph
+                        return self.stopped(steps)
                 began = time.perf_counter()
             return last, ""
         except TrainingStopped as error:
+            self.live.close()
             ended = f"{error} Kept the vectors of step {last.best_step}."
+            if self.live.chosen is not None:
+                ended += f" Choose the preview of step {self.live.chosen} again to save its embedding."
             logging.warning("Textual inversion: %s", ended)
             return last, ended
         except BaseException:  # ComfyUI's interrupt is not an Exception
@@ -294,8 +305,12 @@ class TrainingRun:
 
     def preview_is_due(self, step: Step) -> bool:
         every = self.request.preview.preview_every
-        last = step.number >= self.config.steps or finished(step.progress, self.config)  # drawn as the result anyway
-        return every > 0 and step.number % every == 0 and not last and not self.preview_failed
+        wanted = every > 0 and step.number % every == 0 and not self.preview_failed
+        return wanted and not self.is_last(step)  # that is drawn as the result anyway
+
+    def is_last(self, step: Step) -> bool:
+        """Whether training ends by itself after this step."""
+        return step.number >= self.config.steps or finished(step.progress, self.config)
 
     def draw(self, model: DiffusionModel, embedding: Embedding, number: int) -> None:
         """One preview of the vectors at step ``number``, with a picture for each prompt beside one another.

@@ -427,6 +427,12 @@ def test_failures_are_one_sentence(page):
         "Left out b.jpg: it is larger than ComfyUI accepts (see its option --max-upload-size)."
     )
     assert widget(page, "folder") == ""
+    refusal = {"error": "The file system refuses this (no space left on device): check the folder."}
+    page.route("**/pictures?*name=*", lambda route: route.fulfill(status=400, json=refusal))
+    pick(page, THREE[:1])
+    expect(note(page)).to_have_text(
+        "Left out b.jpg: The file system refuses this (no space left on device): check the folder."
+    )
     page.route("**/pictures?*name=*", lambda route: route.abort())
     pick(page, THREE)
     expect(note(page)).to_have_text("ComfyUI does not respond: check whether it is still running.")

@@ -19,7 +19,7 @@ from ti_pack.nodes.picture_folders import VARIABLE  # pyright: ignore[reportMiss
 
 from textual_inversion import UserError
 from textual_inversion.dataset import resize
-from textual_inversion.picture_files import KINDS, decoded, picture_info, thumbnail
+from textual_inversion.picture_files import KINDS, NOTHING_OPAQUE, decoded, picture_info, thumbnail
 from textual_inversion.pictures import caption_text, folder_files, load_folder
 
 
@@ -158,6 +158,9 @@ BAD_FILES = {
     "bomb.gif": (b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2\2D\1\0;", "pixels"),
     "thin.png": (saved("PNG", picture(1, 400)), "smaller than 8 pixels"),
     "tiny.png": (saved("PNG", picture(6, 5)), "smaller than 8 pixels"),
+    "clear.png": (saved("PNG", Image.new("RGBA", (64, 64), "#ff000000")), NOTHING_OPAQUE),
+    "clear.webp": (saved("WEBP", Image.new("RGBA", (64, 64), "#ff000000"), lossless=True), NOTHING_OPAQUE),
+    "clear.gif": (saved("GIF", Image.new("P", (64, 64)), transparency=0), NOTHING_OPAQUE),
 }
 
 
@@ -172,7 +175,20 @@ def test_a_file_that_cannot_be_used_is_named_with_its_reason(tmp_path, name):
     assert named == name
     assert reason in why
     with pytest.raises(UserError, match=reason):
-        thumbnail(tmp_path / name, 64)
+        _ = picture_info(tmp_path / name), thumbnail(tmp_path / name, 64)
+
+
+def test_a_picture_whose_used_part_is_transparent_is_left_out(tmp_path):
+    """The list cannot know it, but the node can: nothing would be learned from its mask."""
+    picture().save(tmp_path / "a.png")
+    edges = Image.new("RGBA", (96, 32), "#ff0000ff")
+    edges.paste((0, 0, 0, 0), (32, 0, 64, 32))
+    edges.save(tmp_path / "edges.png")
+    assert load_folder(tmp_path, 0).left_out == []
+    assert load_folder(tmp_path, 0, square=True).left_out == [("edges.png", NOTHING_OPAQUE)]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match="none of its files can be used, the first because nothing in it is opaque"):
+        load_folder(tmp_path, 64, square=True)
 
 
 def test_heic_is_read_where_pillow_reads_it(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from textual_inversion import Embedding
-from textual_inversion.adapters.comfyui_tokens import embedding_keys, with_embeddings
+from textual_inversion.adapters.comfyui_tokens import _named, embedding_keys, with_embeddings
 from textual_inversion.prompts import caption_prompt, has_trigger, place_trigger, plain, replace_triggers
 
 
@@ -84,6 +84,25 @@ def test_stock_embedding_at_the_same_place_gives_the_same_tokens(graph, prompt, 
             assert one[1] == other[1]
             assert torch.is_tensor(one[0]) == torch.is_tensor(other[0])
             assert torch.equal(torch.as_tensor(one[0]), torch.as_tensor(other[0]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("{}{}", "N N "),
+        ("{}{}{}s", "N N N s"),
+        ("a{}S*", "a N N "),
+        ("({}{})", "( N N )"),
+        ("{}\n{}, {}", "N \nN , N "),
+    ],
+)
+def test_words_beside_each_other_have_one_blank_between_them(prompt, text):
+    """As ComfyUI's parser wants them apart, and not one more."""
+
+    def named(_number: int, before: str) -> str:
+        return _named(0, before).replace(_named(0, ""), "N ")
+
+    assert replace_triggers(place_trigger(prompt, "S*"), ["S*"], named) == text
 
 
 @pytest.mark.parametrize("caption", ["一张S*的照片", "S*の写真", "two {}s", "사진{}의", "a photo of s*"])

@@ -20,6 +20,7 @@ from ti_pack.nodes.live import EVENT, Record  # pyright: ignore[reportMissingImp
 
 from dev.comfyui_server import ComfyServer
 from dev.in_process import ROOT
+from textual_inversion.picture_files import NOTHING_OPAQUE
 
 NODE_IDS = {
     "TI_LoadImages",
@@ -299,6 +300,24 @@ def test_same_graph_twice_gives_the_same_bytes(server):
     assert digests[0] == digests[1]
 
 
+def test_the_report_tells_what_was_left_out_also_of_cached_pictures(server):
+    folder = server.base / "input/pictures"
+    (folder / "broken.png").write_bytes(b"no picture")
+    Image.new("RGBA", (64, 64), "#ff000000").save(folder / "clear.png")
+    try:
+        for seed in (32, 33):
+            run = server.run(learning_graph(seed=seed, preview_every=0))
+            first, *left_out = report_of(run).splitlines()[:3]
+            assert "learned from 2 pictures (none with captions, all with masks)" in first
+            assert left_out[0].startswith("Left out broken.png: it is damaged, or no picture of a kind that is read")
+            assert left_out[1] == f"Left out clear.png: {NOTHING_OPAQUE}."
+        assert "images" not in executed(run)
+    finally:
+        (folder / "broken.png").unlink()
+        (folder / "clear.png").unlink()
+    assert "Left out" not in report_of(server.run(learning_graph(seed=32, preview_every=0)))
+
+
 def test_new_pictures_run_the_node_again(server):
     server.run(learning_graph(seed=31))
     cached = server.run(learning_graph(seed=31))
@@ -377,11 +396,52 @@ def test_error_in_the_middle(server):
     reference = server.run(ordinary_graph("SmallSD1"))
     before = embeddings(server)
     graph = at_once(learning_graph(steps=200, seed=51, preview_every=0))
-    graph["fail"] = node("TIT_FailingModel", model=["load", 0], calls=120)
+    graph["fail"] = node("TIT_FailingModel", model=["load", 0], calls=120, error="the test's model fails here")
     graph["train"]["inputs"]["model"] = ["fail", 0]
     run = server.run(graph, check=False)
     assert "the test's model fails here" in run.error["exception_message"]
     assert any(name.startswith("S-partial") for name in embeddings(server) - before)
+    healthy(server, reference)
+
+
+MPS = "MPS backend out of memory (MPS allocated: 17.80 GB, other allocations: 288.00 MB)"
+FIRST_PASS = 4  # calls of the attention in the pass that checks the wiring; then the search begins
+
+
+@pytest.mark.parametrize(
+    ("calls", "error", "told", "state"),
+    [
+        (0, MPS, "Out of memory before the first step", "encoding"),
+        (FIRST_PASS, MPS, "Out of memory before the first step", "searching"),
+        (FIRST_PASS + 12, "can't allocate memory", "Out of memory before the first step", "searching"),
+        (0, "a patch fails", "ti_test_pack fails before the first step: RuntimeError: a patch fails", "encoding"),
+        (FIRST_PASS, "a patch fails", "a patch fails", "searching"),
+    ],
+)
+def test_an_error_in_the_search_for_a_word_names_its_cause(server, calls, error, told, state):
+    """In its first pass and in later ones; the weights stay bit for bit, and there is nothing yet to keep."""
+    reference, before = server.run(ordinary_graph("SmallSD1")), embeddings(server)
+    graph = learning_graph(initializer="", seed=43)
+    graph["fail"] = node("TIT_FailingModel", model=["load", 0], calls=calls, error=error)
+    graph["train"]["inputs"]["model"] = ["fail", 0]
+    run = server.run(graph, check=False)
+    assert told in run.error["exception_message"]
+    records = [event["data"] for event in run.events if event["type"] == EVENT]
+    assert told in records[-1]["message"]
+    assert (records[-2]["state"], records[-1]["state"]) == (state, "failed")
+    assert embeddings(server) == before
+    healthy(server, reference)
+
+
+@pytest.mark.parametrize("error", [MPS, "the test's VAE fails here"])
+def test_a_vae_that_cannot_encode_is_the_cause_that_is_told(server, error):
+    reference = server.run(ordinary_graph("SmallSD1"))
+    graph = learning_graph(initializer="", seed=44)
+    graph["broken"] = node("TIT_FailingVae", vae=["load", 2], error=error, where="encode")
+    graph["train"]["inputs"]["vae"] = ["broken", 0]
+    run = server.run(graph, check=False)
+    assert error in run.error["exception_message"]
+    assert run.error["node_id"] == "train"
     healthy(server, reference)
 
 
@@ -413,6 +473,20 @@ def test_bad_input_reaches_the_user_as_a_sentence(server, settings, message):
     assert run.error["node_type"] == "TI_Train"
     states = [event["data"]["state"] for event in run.events if event["type"] == "textual_inversion.run"]
     assert not {"searching", "learning"} & set(states), "it is told before anything takes time"
+
+
+@pytest.mark.parametrize("file", ["pictures/0.png", "pictures/0.png [input]"])
+def test_an_empty_mask_of_load_image_is_named_by_its_file(server, file):
+    """An opaque picture has an empty mask there: ComfyUI makes white what is transparent."""
+    graph = learning_graph(seed=34)
+    graph["images"] = node("LoadImage", image=file)
+    del graph["train"]["inputs"]["captions"]
+    run = server.run(graph, check=False)
+    assert f"Nothing is white in the mask of '{file}'" in run.error["exception_message"]
+    assert "invert it" in run.error["exception_message"]
+    graph["invert"] = node("InvertMask", mask=["images", 1])
+    graph["train"]["inputs"]["masks"] = ["invert", 0]
+    assert "1 picture (none with captions, all with masks)" in report_of(server.run(graph))
 
 
 @pytest.mark.parametrize("name", ["trigger", "seed", "steps", "model", "vae", "settings"])
@@ -520,6 +594,61 @@ def test_only_the_browser_that_queued_a_run_hears_of_it(server):
     other.close()
     assert heard
     assert EVENT not in heard
+    (told,) = [event["data"]["run"] for event in run.events if event["type"] == EVENT and event["data"]["step"] == 6][
+        -1:
+    ]
+    assert told in {record["run"] for record in server.training_runs()}
+    for stranger in ("", "?client_id=", "?client_id=somebody-else", "?client_id[]=", f"?client={server.client_id}"):
+        answer = server.http.get(f"{server.url}/textual_inversion/runs{stranger}", timeout=60)
+        assert answer.json() == []
+
+
+def test_a_run_that_no_browser_queued_is_told_to_none(server):
+    other = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=somebody-else", timeout=60)
+    prompt = {name: learning_graph(seed=96)[name] for name in ("load", "images", "settings", "train")}
+    server.http.post(f"{server.url}/prompt", json={"prompt": prompt}, timeout=60).raise_for_status()
+    queued, heard = 1, []
+    while queued:
+        message = other.recv()
+        event = json.loads(message) if isinstance(message, str) else {}
+        heard.append(event.get("type"))
+        if heard[-1] == "status":
+            queued = event["data"]["status"]["exec_info"]["queue_remaining"]
+    other.close()
+    assert EVENT not in heard
+    assert server.http.get(f"{server.url}/textual_inversion/runs?client_id=", timeout=60).json() == []
+
+
+def test_the_latest_hundred_runs_are_remembered(server):
+    """Each of another workflow; they fail at once, before any picture is encoded."""
+    graph = learning_graph(kind="custom", template="no word", seed=97)
+    for number in range(101):
+        assert server.run(graph, check=False, workflow_id=f"workflow-{number}").error is not None
+    known = [record["workflow"] for record in server.training_runs()]
+    assert known == [f"workflow-{number}" for number in range(1, 101)]
+
+
+def test_a_preview_that_is_chosen_while_a_run_ends_is_kept_or_refused(server):
+    """After *Stop and keep* the last evaluation takes a while: what is chosen meanwhile must not be forgotten."""
+    graph = at_once(learning_graph(steps=5000, seed=98, size=192, preview_every=0))
+    graph["settings"]["inputs"]["evaluate_every"] = 5000
+    asked = {}
+
+    def click(event):
+        record = event["data"]
+        if event["type"] != EVENT or record["state"] != "learning" or not record["rate"] or "keep" in asked:
+            return
+        address = f"{server.url}/textual_inversion/runs/{record['run']}"
+        if "preview" not in asked:
+            asked["preview"] = server.http.post(f"{address}/preview", timeout=60)
+        elif record["pictures"]:
+            asked["stop"] = server.http.post(f"{address}/stop", timeout=60)
+            time.sleep(1.5 * 2 / record["rate"])  # a step takes 2 / rate seconds, the evaluation many times as much
+            asked["keep"] = server.http.post(f"{address}/keep/{record['pictures'][0]['step']}", timeout=60)
+
+    run = server.run(graph, on_event=click)
+    accepted = asked["keep"].ok and asked["keep"].json()["saved"] == ""
+    assert accepted == ("Stopped by hand to keep what the preview of step" in report_of(run))
 
 
 def test_a_record_is_json_that_browsers_read():
@@ -578,7 +707,7 @@ def report_of(run) -> str:
 )  # fmt: skip
 def test_a_preview_that_fails_costs_no_result(server, every, error, told):
     graph = learning_graph(seed=61, preview_every=every)
-    graph["broken"] = node("TIT_FailingVae", vae=["load", 2], error=error)
+    graph["broken"] = node("TIT_FailingVae", vae=["load", 2], error=error, where="decode")
     graph["train"]["inputs"]["vae"] = ["broken", 0]
     run = server.run(graph)
     assert told in report_of(run)

@@ -30,6 +30,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+NOTHING_OPAQUE = "nothing in it is opaque, so nothing would be learned: save it without transparency"
 _Read = TypeVar("_Read")
 
 
@@ -47,7 +48,7 @@ def picture_info(file: Path) -> PictureInfo:
     """Shape and transparency of a picture file.
 
     Pixels are decoded only where the format says that some may be transparent.
-    Raises UserError with the reason where it cannot be read.
+    Raises UserError with the reason where it cannot be read, or all of it is transparent.
     """
 
     def read(picture: Image.Image) -> PictureInfo:
@@ -171,4 +172,9 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 def _is_masked(picture: Image.Image) -> bool:
     _check_pixels(picture.width * picture.height)
     pixels = _eight_bits(picture)
-    return pixels.mode == "RGBA" and bool(np.asarray(pixels.getchannel("A")).min() < 255)
+    if pixels.mode != "RGBA":
+        return False
+    alpha = np.asarray(pixels.getchannel("A"))
+    if not alpha.any():
+        raise UserError(NOTHING_OPAQUE)
+    return bool(alpha.min() < 255)

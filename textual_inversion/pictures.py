@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .dataset import resize
 from .errors import UserError
-from .picture_files import decoded
+from .picture_files import NOTHING_OPAQUE, decoded
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 MAX_CAPTION = 2**16  # bytes
@@ -38,7 +38,7 @@ class Pictures(NamedTuple):
     captions: list[str]
     """One for each picture; empty where there is none."""
     left_out: list[LeftOut]
-    """Files that cannot be read."""
+    """Files that cannot be read, or of which nothing could be learned."""
 
 
 class FolderFiles(NamedTuple):
@@ -75,7 +75,7 @@ def load_folder(folder: Path, size: int, square: bool = False, roots: Sequence[P
     if not images:
         advice = "put some there, or choose another folder"
         if left_out:
-            advice = f"none of its files can be read, the first because {left_out[0].reason}"
+            advice = f"none of its files can be used, the first because {left_out[0].reason}"
         raise UserError(f"There are no pictures in the folder {folder.name!r}: {advice}.")
     if left_out:
         logging.warning("%d of the files in a folder of pictures are left out.", len(left_out))
@@ -158,10 +158,15 @@ def caption_text(data: bytes) -> str:
 
 
 def _tensors(picture: Image.Image, size: int, square: bool) -> tuple[Tensor, Tensor]:
-    """Picture (1, H, W, 3) and mask (1, H, W) in 0..1 of an RGBA picture."""
+    """Picture (1, H, W, 3) and mask (1, H, W) in 0..1 of an RGBA picture.
+
+    Raises UserError where what is left of it after cropping is transparent.
+    """
     pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]  # (1, H, W, 4)
     alpha = pixels[..., 3:]
     pixels = resize(torch.cat([pixels[..., :3] * alpha + (1 - alpha), alpha], dim=-1), size, square)
+    if not pixels[..., 3].any():
+        raise UserError(NOTHING_OPAQUE)
     return pixels[..., :3], pixels[..., 3]
 
 

@@ -98,7 +98,7 @@ def usable_trigger(name: str) -> str:
 
 
 def replace_triggers(text: str, triggers: Sequence[str], put: Callable[[int, str], str]) -> str:
-    """``text`` with ``put(number of the trigger, text before)`` in the place of each trigger word.
+    """``text`` with ``put(number of the trigger, what the result has so far)`` in the place of each trigger word.
 
     A trigger is a word of its own, in any letter case (CLIP lowers it anyway): ``cat`` is found in ``a cat,
     (Cat:1.2) cat's`` and between Chinese letters, but not in ``category``, ``cat-like`` or ``embedding:animals/cat``.
@@ -107,14 +107,13 @@ def replace_triggers(text: str, triggers: Sequence[str], put: Callable[[int, str
     """
     order = sorted(range(len(triggers)), key=lambda number: -len(triggers[number]))
     words = [f"(?P<t{number}>{_word(triggers[number])})" for number in order]
-    pattern = re.compile("|".join([_FILE, *words]), re.IGNORECASE)
-
-    def replaced(match: re.Match[str]) -> str:
-        if match.lastgroup is None:  # a file
-            return match.group()
-        return put(int(match.lastgroup[1:]), match.string[: match.start()])
-
-    return pattern.sub(replaced, text).replace(HERE, "")
+    result, end = "", 0
+    for match in re.finditer("|".join([_FILE, *words]), text, re.IGNORECASE):
+        result += text[end : match.start()].replace(HERE, "")
+        # Without a group it is a file.
+        result += match.group() if match.lastgroup is None else put(int(match.lastgroup[1:]), result)
+        end = match.end()
+    return (result + text[end:]).replace(HERE, "")
 
 
 def has_trigger(text: str, trigger: str) -> bool:

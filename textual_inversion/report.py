@@ -1,6 +1,7 @@
 """What was learned: a few lines of text for people, and the embedding with its metadata."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -10,10 +11,11 @@ from . import __version__
 from .adapters.protocol import TrainableModel
 from .agreement import in_words
 from .config import TrainConfig
-from .dataset import Dataset
+from .dataset import MOST_NAMED, Dataset
 from .embedding import Embedding
 from .evaluation import CERTAIN
 from .optimizers import OPTIMIZERS, learning_rate
+from .pictures import LeftOut
 from .prompts import place_trigger
 from .state import Progress
 from .training import Step, earliest_end, finished, still_improving
@@ -51,16 +53,19 @@ def report(
     last: Step,
     origin: str,
     ended: str = "",
+    left_out: Sequence[LeftOut] = (),
 ) -> str:
     """Text for people about ``last.best``, trained from ``start``.
 
-    ``origin`` is what people call ``start``; ``ended`` says what ended training, where the caller knows.
+    ``origin`` is what people call ``start``; ``ended`` says what ended training, where the caller knows;
+    ``left_out`` are files beside the pictures that were not used.
     """
     learned, progress = last.best, last.progress
     steps = f"{last.number} steps of {config.batch_size * config.accumulation} pictures"
     unaffected = 1 - drift(model, start, learned)
     lines = [
         f"{config.trigger}: {learned.describe()}, learned from {pictures_used(dataset)}, initialized from {origin}.",
+        *_left_out(left_out),
         f"{steps}. {ended or how_it_ended(progress, config)}",
         what_was_learned(progress, origin),
         f"Good for prompts: {unaffected:.0%} unaffected by the word ({GOOD:.0%} and more is good).",
@@ -91,6 +96,11 @@ def pictures_used(dataset: Dataset) -> str:
         if count or what == "captions"
     ]
     return f"{pictures} picture{'s' if pictures > 1 else ''} ({', '.join(found)})"
+
+
+def _left_out(files: Sequence[LeftOut]) -> list[str]:
+    lines = [f"Left out {name}: {reason}." for name, reason in files[:MOST_NAMED]]
+    return lines + ([f"Left out {len(files) - MOST_NAMED} more files."] if len(files) > MOST_NAMED else [])
 
 
 def how_it_ended(progress: Progress, config: TrainConfig) -> str:

@@ -139,7 +139,7 @@ class PictureList {
   say() {
     const broken = [...this.tiles.values()].filter((tile) => tile.reason);
     const leftOut = [...this.leftOut, ...broken.map((tile) => ({ name: tile.picture.name, reason: tile.reason }))];
-    const lines = leftOut.slice(0, NAMED).map((file) => filled(TEXTS.leftOut, file));
+    const lines = leftOut.slice(0, NAMED).map(leftOutLine);
     if (leftOut.length > NAMED) lines.push(filled(TEXTS.more, { count: leftOut.length - NAMED }));
     this.note.textContent = [...this.notes, ...lines].join("\n");
     this.note.hidden = !this.note.textContent;
@@ -208,7 +208,7 @@ class PictureList {
           names.set(file.name, await requests.add(folder, file));
         } catch (error) {
           if (!(error instanceof Refused)) throw error;
-          notes.push(filled(TEXTS.leftOut, { name: file.name, reason: error.message.replace(/\.$/, "") }));
+          notes.push(leftOutLine({ name: file.name, reason: error.message }));
         }
       }
     } finally {
@@ -315,8 +315,13 @@ async function saveCaption(file, folder, names, listed) {
     return [];
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    return [filled(TEXTS.leftOut, { name: file.name, reason: error.message })];
+    return [leftOutLine({ name: file.name, reason: error.message })];
   }
+}
+
+/** That a file is left out, and why; a reason may be a sentence with a full stop of its own. */
+function leftOutLine({ name, reason }) {
+  return filled(TEXTS.leftOut, { name, reason: reason.replace(/\.$/, "") });
 }
 
 function button(icon, text, title, onclick) {

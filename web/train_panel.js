@@ -43,9 +43,10 @@ app.registerExtension({
   },
 });
 
-/** Fetches the runs of the server. Active runs that it does not know ended when it was restarted. */
+/** Fetches the runs that this tab has queued. Active runs that the server does not know ended when it was restarted. */
 async function askForRuns() {
-  const answer = await api.fetchApi("/textual_inversion/runs");
+  const client = api.clientId ?? api.initialClientId ?? ""; // before the server has answered, that of before the reload
+  const answer = await api.fetchApi(`/textual_inversion/runs?${new URLSearchParams({ client_id: client })}`);
   const runs = await answer.json();
   const known = new Set(runs.map((record) => record.run));
   for (const record of [...records.values()]) {
@@ -239,7 +240,7 @@ function below({ title, keep }) {
 /** Makes what the preview of this step shows the result of the run; after its end the server saves it. */
 async function keepPicture(run, step) {
   const answer = await api.fetchApi(`/textual_inversion/runs/${run}/keep/${step}`, { method: "POST" });
-  if (!answer.ok) return tell("warn", TEXTS.keep, TEXTS.gone);
+  if (!answer.ok) return tell("warn", TEXTS.keep, answer.status === 409 ? TEXTS.ending : TEXTS.gone);
   const { saved } = await answer.json();
   tell("success", TEXTS.keep, saved ? filled(TEXTS.saved, { name: saved }) : filled(TEXTS.kept, { step }));
 }

@@ -163,18 +163,22 @@ class FailingModel(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="TIT_FailingModel",
-            inputs=[io.Model.Input("model"), io.Int.Input("calls", default=100)],
+            inputs=[
+                io.Model.Input("model"),
+                io.Int.Input("calls", default=100),
+                io.String.Input("error", default="the test's model fails here"),
+            ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model, calls):
+    def execute(cls, model, calls, error):
         left = [calls]
 
         def count_down(q, k, v, extra_options):
             left[0] -= 1
             if left[0] < 0:
-                raise RuntimeError("the test's model fails here")
+                raise RuntimeError(error)
             return q, k, v
 
         model = model.clone()
@@ -183,24 +187,28 @@ class FailingModel(io.ComfyNode):
 
 
 class FailingVae(io.ComfyNode):
-    """A VAE that encodes, and raises an error where it should decode."""
+    """A VAE that raises an error where it should decode, or encode."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="TIT_FailingVae",
-            inputs=[io.Vae.Input("vae"), io.String.Input("error", default="the test's VAE fails here")],
+            inputs=[
+                io.Vae.Input("vae"),
+                io.String.Input("error", default="the test's VAE fails here"),
+                io.Combo.Input("where", options=["decode", "encode"]),
+            ],
             outputs=[io.Vae.Output()],
         )
 
     @classmethod
-    def execute(cls, vae, error):
+    def execute(cls, vae, error, where):
         vae = copy.copy(vae)
 
-        def decode(*_args, **_kwargs):
+        def fail(*_args, **_kwargs):
             raise RuntimeError(error)
 
-        vae.decode = decode
+        setattr(vae, where, fail)
         return io.NodeOutput(vae)
 
 
