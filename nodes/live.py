@@ -22,17 +22,21 @@ SECONDS_BETWEEN_EVENTS = 0.25
 POINTS = 400  # most points of a curve that is sent to the browser
 MOST_RUNS = 100  # of different nodes are remembered, with the embeddings of their previews
 
-State = Literal["encoding", "searching", "learning", "drawing", "finishing", "done", "cancelled", "failed"]
+State = Literal["encoding", "waiting", "searching", "learning", "drawing", "finishing", "done", "cancelled", "failed"]
 Curve = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Record:
-    """The state of a run as sent to the browser. Always complete, so no message depends on earlier ones."""
+    """The state of a concept's run as sent to the browser. Always complete, so no message depends on earlier ones."""
 
     workflow: str
     node: str  # execution id, such as "3", or "7:3" in a subgraph
     run: str = ""
+    group: str = ""
+    """The same for all concepts of a run of the node."""
+    concept: str = ""
+    """Its trigger word, where the run has several."""
     state: State = "encoding"
     message: str = ""
     step: int = 0
@@ -56,34 +60,22 @@ class Record:
 
 
 class LiveRun:
-    """One run of a Train node, connected to the browsers. On leaving its ``with`` block it sends how the run ended."""
+    """One concept of a run of a Train node, connected to the browsers."""
 
-    def __init__(self, workflow: str, node: str) -> None:
-        self.record = Record(workflow, node, uuid.uuid4().hex)
+    def __init__(self, workflow: str, node: str, group: str, concept: str) -> None:
+        self.record = Record(workflow, node, uuid.uuid4().hex, group, concept)
         self.client = PromptServer.instance.client_id  # the browser tab that queued the run; empty for a bare API call
         self.stop, self.preview = threading.Event(), threading.Event()
         self.pictured: dict[int, Embedding] = {}  # what the preview of each step shows
         self.chosen: int | None = None  # the step whose preview somebody wants to keep
         self._closed, self._choosing = False, threading.Lock()
         self._told = -math.inf
-        key = (self.client, workflow, node)
-        RUNS.pop(key, None)
-        RUNS[key] = self
-        while len(RUNS) > MOST_RUNS:
-            del RUNS[next(iter(RUNS))]
-        self.tell("encoding")
 
-    def __enter__(self) -> "LiveRun":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def end(self, state: State, **changes: Any) -> None:
+        """Sends how the run ended, unless it has been told."""
         self.close()
-        if kind is None:
-            self.tell("done")
-        elif issubclass(kind, InterruptProcessingException):
-            self.tell("cancelled")
-        else:
-            self.tell("failed", message=str(error))
+        if not self.ended:
+            self.tell(state, **changes)
 
     def tell(self, state: State, **changes: Any) -> None:
         """Changes the record and sends it, at most four times per second while the state stays the same."""
@@ -113,7 +105,34 @@ class LiveRun:
         return self.record.state in ("done", "cancelled", "failed")
 
 
-RUNS: dict[tuple[Any, str, str], LiveRun] = {}  # of each client, workflow and node the latest run, oldest first
+class LiveRuns(list[LiveRun]):
+    """The concepts of one run of a Train node. On leaving its ``with`` block it sends how those left have ended."""
+
+    def __init__(self, workflow: str, node: str, concepts: Sequence[str]) -> None:
+        group, several = uuid.uuid4().hex, len(concepts) > 1
+        super().__init__(LiveRun(workflow, node, group, concept if several else "") for concept in concepts)
+        key = (self[0].client, workflow, node)
+        RUNS.pop(key, None)
+        RUNS[key] = self
+        while len(RUNS) > MOST_RUNS:
+            del RUNS[next(iter(RUNS))]
+        for run in self:
+            run.tell("waiting" if several else "encoding")
+
+    def __enter__(self) -> "LiveRuns":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        for run in self:
+            if kind is None:
+                run.end("done")
+            elif issubclass(kind, InterruptProcessingException):
+                run.end("cancelled")
+            else:
+                run.end("failed", message=str(error))
+
+
+RUNS: dict[tuple[Any, str, str], LiveRuns] = {}  # of each client, workflow and node the latest run, oldest first
 
 
 def _finite(value: Any) -> Any:
@@ -151,16 +170,18 @@ def add_run_routes() -> None:
     async def runs(request: web.Request) -> web.Response:
         """Those that the client queued who asks; it keeps its id when its page is loaded again."""
         client = request.query.get("client_id")
-        own = [run for run in list(RUNS.values()) if client and run.client == client]
+        own = [run for run in _all_runs() if client and run.client == client]
         return web.json_response([run.record.to_dict() for run in own])
 
     @routes.post("/textual_inversion/runs/{run}/{action:stop|preview}")
     async def act(request: web.Request) -> web.Response:
-        run, action = _run(request), request.match_info["action"]
-        if run is None or run.ended or run.record.state == "finishing":
-            return web.json_response({"error": "This run has ended."}, status=404)
-        (run.stop if action == "stop" else run.preview).set()
-        return web.json_response({})
+        """For one concept, or for all concepts of a group."""
+        wanted, action = request.match_info["run"], request.match_info["action"]
+        named = [run for run in _all_runs() if wanted in (run.record.run, run.record.group)]
+        still = [run for run in named if not (run.ended or run.record.state == "finishing")]
+        for run in still:
+            (run.stop if action == "stop" else run.preview).set()
+        return web.json_response({} if still else {"error": "This run has ended."}, status=200 if still else 404)
 
     @routes.post(r"/textual_inversion/runs/{run}/keep/{step:\d{1,9}}")
     async def keep_picture(request: web.Request) -> web.Response:
@@ -176,4 +197,8 @@ def add_run_routes() -> None:
 def _run(request: web.Request) -> LiveRun | None:
     """The run that a request names."""
     wanted = request.match_info["run"]
-    return next((run for run in list(RUNS.values()) if run.record.run == wanted), None)
+    return next((run for run in _all_runs() if run.record.run == wanted), None)
+
+
+def _all_runs() -> list[LiveRun]:
+    return [run for runs in list(RUNS.values()) for run in runs]

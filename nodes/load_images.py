@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..textual_inversion import UserError
-from ..textual_inversion.pictures import LeftOut, load_folder
+from ..textual_inversion.concept_folders import folders_inside, load_concepts
+from ..textual_inversion.pictures import LeftOut
 from .picture_folders import chosen_folder, roots
 from .sockets import CATEGORY
 
@@ -21,7 +22,8 @@ class LoadImages(io.ComfyNode):
             node_id="TI_LoadImages",
             display_name="Load Images (Textual Inversion)",
             category=CATEGORY,
-            description="Loads all pictures of a folder, sorted by name, with masks and captions.",
+            description="Loads all pictures of a folder, sorted by name, with masks and captions. In a folder of folders "
+            "each is a concept of its own.",
             search_aliases=[
                 "load images",
                 "image folder",
@@ -71,6 +73,12 @@ class LoadImages(io.ComfyNode):
                     is_output_list=True,
                     tooltip="Text of NAME.txt next to NAME.png. Empty if there is no such file.",
                 ),
+                io.String.Output(
+                    display_name="concepts",
+                    is_output_list=True,
+                    tooltip="A trigger word for each picture, made of its folder's name: <cat> of cat. Connect it to "
+                    "'trigger' of Train to learn every folder in a folder.",
+                ),
             ],
         )
 
@@ -82,8 +90,11 @@ class LoadImages(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder, path, crop, size):
         place = chosen_folder(folder, path)
-        files = sorted(entry for entry in place.iterdir() if entry.is_file()) if place and place.is_dir() else []
-        return [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+        if not (place and place.is_dir()):
+            return []
+        folders = [place, *folders_inside(place, roots())]
+        files = [entry for one in folders for entry in sorted(one.iterdir()) if entry.is_file()]
+        return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
 
     @classmethod
     def execute(cls, folder, path, crop, size) -> io.NodeOutput:
@@ -92,7 +103,8 @@ class LoadImages(io.ComfyNode):
             raise UserError(
                 "Load Images has no pictures: press 'Add pictures' in it, or choose a folder with pictures."
             )
-        loaded = load_folder(place, size, crop == "square", roots())
+        loaded, triggers = load_concepts(place, size, crop == "square", roots())
         LEFT_OUT[loaded.images[0]] = loaded.left_out
         left_out = [file._asdict() for file in loaded.left_out]
-        return io.NodeOutput(loaded.images, loaded.masks, loaded.captions, ui={"left_out": left_out})
+        outputs = loaded.images, loaded.masks, loaded.captions, triggers
+        return io.NodeOutput(*outputs, ui={"left_out": left_out})

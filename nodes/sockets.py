@@ -40,7 +40,12 @@ MAIN_FIELDS = (
     "preview_every",
 )
 FOLDED_FIELDS = {"editability", "size", "seed", "gradient_checkpointing"}  # behind "Show advanced inputs"
-ADDED_LATER = {"preview_negative", "preview_sampler", "preview_scheduler"}  # optional: older API graphs lack them
+ADDED_LATER = {
+    "preview_negative",
+    "preview_sampler",
+    "preview_scheduler",
+    "concepts_at_once",
+}  # optional: older API graphs lack them
 RARE_FIELDS = tuple(name for name in _FIELDS if name not in MAIN_FIELDS)
 
 

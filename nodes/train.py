@@ -1,5 +1,7 @@
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,17 +10,17 @@ from torch import Tensor
 
 from ..textual_inversion import PreviewConfig, TrainConfig, UserError
 from ..textual_inversion.adapters.comfyui import ComfyModel
-from ..textual_inversion.dataset import check_pictures, make_dataset
-from ..textual_inversion.formats import file_name
+from ..textual_inversion.dataset import check_pictures
+from ..textual_inversion.library import Concept, by_concept, check_triggers
 from ..textual_inversion.optimizers import check_settings
-from ..textual_inversion.prompts import check_trigger
 from ..textual_inversion.state import fingerprint
+from .concept_run import Request
 from .files import base_model, connected, workflow_id
-from .live import LiveRun
+from .live import LiveRuns
 from .load_images import LEFT_OUT
 from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, SettingsSocket, config_of, widget
 from .state_file import StateFile
-from .training_run import Request, run_training
+from .training_run import run_training
 
 LIST_AS_TEXT = re.compile(r"\[\s*(['\"].*['\"]|[\d., ]*|None.*)\s*\]", re.DOTALL)
 LOAD_IMAGE = ("LoadImage", "LoadImageOutput")  # ComfyUI's, whose masks are inverted
@@ -71,16 +73,23 @@ class Train(io.ComfyNode):
             ],
             outputs=[
                 EmbeddingSocket.Output(
-                    display_name="embedding", tooltip="Connect to Save Embedding or Apply Embedding."
+                    display_name="embedding",
+                    is_output_list=True,
+                    tooltip="Connect to Save Embedding or Apply Embedding. One for each trigger word.",
                 ),
                 LossMapSocket.Output(
                     display_name="loss",
+                    is_output_list=True,
                     tooltip="Loss before the first step, then of each step. Connect to Plot Loss Graph.",
                 ),
                 io.Image.Output(
-                    display_name="previews", tooltip="All preview pictures as a batch; the last one shows the result."
+                    display_name="previews",
+                    is_output_list=True,
+                    tooltip="All preview pictures as a batch; the last one shows the result.",
                 ),
-                io.String.Output(display_name="report", tooltip="What was learned, in a few lines."),
+                io.String.Output(
+                    display_name="report", is_output_list=True, tooltip="What was learned, in a few lines."
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
@@ -89,33 +98,59 @@ class Train(io.ComfyNode):
     def execute(
         cls, model, clip, vae, images, masks=None, captions=None, settings=None, resume=None, **widgets
     ) -> io.NodeOutput:
+        triggers = widgets.pop("trigger")
         single = {"model": model, "clip": clip, "vae": vae, "settings": settings, "resume": resume, **widgets}
         _check_single({name: value for name, value in single.items() if value is not None})
-        values = {name: value[0] for name, value in widgets.items()} | (settings or [{}])[0]
+        values = {name: value[0] for name, value in widgets.items()} | (settings or [{}])[0] | {"trigger": triggers[0]}
         config, preview = config_of(TrainConfig, values), config_of(PreviewConfig, values)
-        check_trigger(config.trigger)
-        file_name(config.trigger)  # refused now, not after training
+        check_triggers(list(dict.fromkeys(triggers)))  # refused now, not after training
         check_settings(config)
         pictures, masks, captions = _single(images), _single(masks or []), captions or []
         _check_no_list_as_text(captions)
         _check_mask_of_load_image(masks, connected(cls.hidden.prompt, cls.hidden.unique_id, "masks"))
         check_pictures(pictures, masks, captions)
+        concepts = by_concept(triggers, pictures, masks, captions, config.kind)
         continued = resume[0] if resume else None
-        inputs = [*pictures, *masks, *(continued.parameters() if continued else ())]
+        if continued and len(concepts) > 1:
+            raise UserError("An embedding to resume belongs to one trigger word: connect a single one to 'trigger'.")
+        base = base_model(cls.hidden.prompt, cls.hidden.unique_id)
+        request = Request(config, preview, continued, base, LEFT_OUT.get(images[0], ()))
         workflow, node = workflow_id(cls.hidden.extra_pnginfo), cls.hidden.unique_id
-        base = base_model(cls.hidden.prompt, node)
-        state_file = StateFile.of(workflow, node, fingerprint(config, [base, *captions], inputs))
         # ComfyUI's inference tensors cannot be trained on.
-        with LiveRun(workflow, node) as live, torch.inference_mode(False):
+        with LiveRuns(workflow, node, [concept.trigger for concept in concepts]) as lives, torch.inference_mode(False):
             sampling = preview.preview_sampler, preview.preview_scheduler
             comfy_model = ComfyModel(model[0], clip[0], vae[0], config.gradient_checkpointing, *sampling)
-            dataset = make_dataset(comfy_model.encode_images, pictures, masks, captions, config)
-            request = Request(config, preview, continued, base, LEFT_OUT.get(images[0], ()))
-            result = run_training(comfy_model, dataset, request, live, state_file)
-        shown = {"text": [result.report], "textual_inversion": [live.record.to_dict()]}
+            results = run_training(
+                comfy_model, concepts, request, lives, _state_files(workflow, node, concepts, request)
+            )
+        text = "\n".join(result.summary for result in results) if len(concepts) > 1 else results[0].report
+        shown = {"text": [text], "textual_inversion": [live.record.to_dict() for live in lives]}
         return io.NodeOutput(
-            result.embedding, {"loss": result.losses}, torch.cat(result.pictures), result.report, ui=shown
+            [result.embedding for result in results],
+            [{"loss": result.losses} for result in results],
+            [torch.cat(result.pictures) for result in results],
+            [result.report for result in results],
+            ui=shown,
         )
+
+
+def _state_files(workflow: str, node: str, concepts: Sequence[Concept], request: Request) -> list[StateFile]:
+    """Where each concept's unfinished run is kept: the same for the same settings, pictures and captions."""
+    given = list(request.continued.parameters()) if request.continued else []
+    prints = [
+        fingerprint(
+            replace(request.config, trigger=concept.trigger),
+            [request.base_model, *concept.captions],
+            [*concept.images, *concept.masks, *given],
+        )
+        for concept in concepts
+    ]
+    if len(concepts) == 1:
+        return [StateFile.of(workflow, node, prints[0])]
+    whole = hashlib.sha256("".join(prints).encode()).hexdigest()
+    return [
+        StateFile.of(workflow, node, own, concept.trigger, whole) for concept, own in zip(concepts, prints, strict=True)
+    ]
 
 
 def _check_single(inputs: Mapping[str, Sequence[Any]]) -> None:

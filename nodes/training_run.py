@@ -1,385 +1,102 @@
-"""One run of the Train node: consumes the training loop, shows it, and never loses what was learned."""
+"""One run of the Train node: learns its concepts and gives their results."""
 
-import logging
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import chain
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import comfy.utils
-import torch
-from comfy_api.latest import io, ui
-from torch import Tensor
 
-from ..textual_inversion import (
-    Embedding,
-    PreviewConfig,
-    Step,
-    TrainConfig,
-    TrainingStopped,
-    formats,
-    initial_embedding,
-    train,
-)
+from ..textual_inversion import UserError
 from ..textual_inversion.adapters.comfyui import ComfyModel
-from ..textual_inversion.adapters.protocol import DiffusionModel, TrainableModel
-from ..textual_inversion.dataset import Dataset
-from ..textual_inversion.devices import is_out_of_memory
-from ..textual_inversion.initializer import with_initializer
-from ..textual_inversion.memory import out_of_memory_explained
-from ..textual_inversion.pictures import LeftOut
-from ..textual_inversion.prompts import has_trigger, place_trigger
-from ..textual_inversion.report import described, how_it_ended, learned_embedding, more_steps, report
-from ..textual_inversion.training import Choice, check_prompts, earliest_end, finished, still_improving
+from ..textual_inversion.library import Concept, learn_together
+from ..textual_inversion.training import Reply, still_improving
+from .concept_run import Notes, Request, Result, TrainingRun
 from .files import embeddings_folder, output_folder, temporary_folder
-from .live import LiveRun, thinned
-from .state_file import StateFile
-
-NO_PICTURE = torch.zeros(1, 64, 64, 3)  # the output of a run whose previews failed
-SAVE_EVERY = 10  # steps between writes of the state, which take a millisecond each
+from .live import LiveRun
+from .state_file import StateFile, sweep
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the node was asked to do."""
+def run_training(
+    model: ComfyModel,
+    concepts: Sequence[Concept],
+    request: Request,
+    lives: Sequence[LiveRun],
+    state_files: Sequence[StateFile],
+) -> list[Result]:
+    """Trains, or resumes unfinished runs of the same settings and pictures.
 
-    config: TrainConfig
-    preview: PreviewConfig
-    continued: Embedding | None
-    """An embedding to train further."""
-    base_model: str
-    """File name of the model, for the metadata."""
-    left_out: Sequence[LeftOut] = ()
-    """Files beside the pictures that are not used."""
+    One of several concepts that fails is left out of the results, and the panel says why. Raises its error where no
+    concept is left.
+    """
+    with Notes(lives[0]).side_job("Old unfinished runs cannot be removed"):
+        sweep(state_files, [temporary_folder(), embeddings_folder(), output_folder()])
+    errors: list[Exception] = []
+    progress = Progress()
+    for concept, live, state_file in zip(concepts, lives, state_files, strict=True):
+        own = replace(request, config=replace(request.config, trigger=concept.trigger))
+        try:
+            dataset = concept.dataset(model.encode_images, own.config)
+        except UserError as error:
+            errors.append(error)
+            live.end("failed", message=str(error))
+            continue
+        run = TrainingRun(concept, dataset, own, live, state_file, len(concepts) > 1, progress)
+        run.supports_embedding_files = model.supports_embedding_files
+        run.read_state()
+        progress.runs.append(run)
+    learn_all(model, progress.runs, request.config.concepts_at_once)
+    for run in progress.runs:
+        if run.result:
+            remove_state(run)
+    results = [run.result for run in progress.runs if run.result]
+    errors += [run.error for run in progress.runs if run.error]
+    if not results:
+        raise errors[0]
+    return results
 
 
-@dataclass(frozen=True)
-class Result:
-    embedding: Embedding
-    report: str
-    losses: list[float]
-    """Before the first step, then of each step."""
-    pictures: list[Tensor]
-    """Previews, (1, H, W, 3) each, the last one of ``embedding``."""
-
-
-def run_training(model: ComfyModel, dataset: Dataset, request: Request, live: LiveRun, state_file: StateFile) -> Result:
-    """Trains, or resumes an unfinished run of the same settings and pictures."""
-    began, notes = time.perf_counter(), Notes(live)
-    saved = None
-    with notes.side_job("Old unfinished runs cannot be removed"):
-        state_file.sweep([temporary_folder(), embeddings_folder(), output_folder()])
-    with notes.side_job("The unfinished run of before cannot be read"):
-        saved = state_file.read()
-    if saved and saved["training"]["progress"]["step"] >= request.config.steps:  # done: it waits for more steps
-        state_file.remove()
-        saved = None
+def learn_all(model: ComfyModel, runs: Sequence[TrainingRun], at_once: int) -> None:
+    """Goes through training, step by step."""
     with model.training() as trainable:
-        start, config = starting_point(trainable, dataset, request, saved, live)
-        steps = train(trainable, start.trainable(), dataset, config, saved["training"] if saved else None)
-        first = next(steps)
-        if saved and not first.number and not request.config.initializer and request.continued is None:
-            # Of another model, for which another word may be the best.
-            start, config = starting_point(trainable, dataset, request, None, live)
-            steps = train(trainable, start.trainable(), dataset, config)
-            first = next(steps)
-        run = TrainingRun(trainable, config, request, dataset.latents[0].shape, live, state_file, notes)
-        run.check_preview(start)
-        last, ended = run.follow(first, steps, saved)
-        name = formats.file_name(config.trigger)
-        learned = run.write(last, name, [temporary_folder(), embeddings_folder(), output_folder()])
-        ended = ended or how_it_ended(last.progress, config)
-        live.tell("finishing", message=" ".join(filter(None, [live.record.message, ended])))
-        origin = "the given embedding" if request.continued else repr(config.initializer)
-        text = report(trainable, dataset, config, start, last, origin, ended, request.left_out)
-    if not model.supports_embedding_files:
-        text += "\nembedding:NAME does not work with this text encoder: use Load Embedding and Apply Embedding."
-    run.draw(model, learned, last.number)
-    with notes.side_job("The saved state of this run cannot be removed"):
-        state_file.remove()
-    if still_improving(last.progress, config):
-        run.save(last)  # with more steps it goes on from here
-    text = "\n".join([text, *notes.texts, f"{time.perf_counter() - began:.0f} s, previews included."])
-    return Result(learned, text, run.losses, run.pictures or [NO_PICTURE])
-
-
-def starting_point(
-    model: TrainableModel, dataset: Dataset, request: Request, saved: dict[str, Any] | None, live: LiveRun
-) -> tuple[Embedding, TrainConfig]:
-    """The vectors to start from, and the config completed with their initializer and their number."""
-    config, vocabularies = request.config, model.vocabularies()
-    if request.continued is not None:
-        widths = {key: vocabulary.vectors.shape[1] for key, vocabulary in vocabularies.items()}
-        start = request.continued.renamed(config.trigger).for_encoders(widths)
-        with out_of_memory_explained(0):
-            model.check_compatible(dataset.latents[0], config.trigger, start)
-        return start, replace(config, vectors=start.count)
-    start = initial_embedding(vocabularies, config.trigger, config.initializer, config.vectors)
-    with out_of_memory_explained(0):
-        model.check_compatible(dataset.latents[0], config.trigger, start)
-    check_prompts(model, start, dataset, config)  # before a search that takes its time
-    if saved:
-        config = replace(config, initializer=saved["initializer"])
-    elif not config.initializer:
-        live.tell("searching", steps=config.steps)
-        config = with_initializer(model, dataset, config, search_progress(live))
-    return initial_embedding(vocabularies, config.trigger, config.initializer, config.vectors), config
-
-
-def search_progress(live: LiveRun) -> Callable[[int, int], None]:
-    """Shows how far the search for an initializer is, in the panel and in ComfyUI's progress bar."""
-    bars: list[comfy.utils.ProgressBar] = []
-
-    def show(done: int, total: int) -> None:
-        live.tell("searching", message=f"Looking for a word to start from: {done / total:.0%}.")
-        bars[:] = bars or [comfy.utils.ProgressBar(total)]
-        bars[0].update_absolute(done)  # raises ComfyUI's interrupt
-
-    return show
-
-
-@dataclass
-class Notes:
-    """What went wrong beside training: it never ends a run, and is told in the panel and the report, each once."""
-
-    live: LiveRun
-    texts: list[str] = field(default_factory=list)
-
-    def add(self, text: str) -> None:
-        if text not in self.texts:
-            self.texts.append(text)
-            logging.warning("Textual inversion: %s", text)
-            self.live.tell(self.live.record.state, message=" ".join(self.texts))
-
-    @contextmanager
-    def side_job(self, failed: str) -> Iterator[None]:
-        """An error inside is a note that begins with ``failed``. ComfyUI's interrupt, no Exception, goes through."""
+        for run in runs:
+            run.use(trainable)
+        news, reply = learn_together(trainable, runs, at_once), None
         try:
-            yield
-        except Exception as error:
-            self.add(f"{failed}: {reason(error)}")
-
-
-def reason(error: Exception) -> str:
-    """The cause in one line, as the user can act on it."""
-    if is_out_of_memory(error):
-        return "out of memory."
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}."
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@dataclass
-class TrainingRun:
-    """Progress, previews, and files that outlive an interrupt or a crash."""
-
-    model: TrainableModel
-    config: TrainConfig
-    request: Request
-    shape: Sequence[int]
-    """Latent shape (C, h, w) of a preview picture."""
-    live: LiveRun
-    state_file: StateFile
-    notes: Notes
-    losses: list[float] = field(default_factory=list)
-    fixed: list[tuple[int, float]] = field(default_factory=list)
-    pictures: list[Tensor] = field(default_factory=list)
-    seconds: float = 0.0
-    """Average time of one step."""
-    preview_failed: bool = False
-
-    def follow(
-        self, first: Step, steps: Generator[Step, bool | Choice | None], saved: dict[str, Any] | None
-    ) -> tuple[Step, str]:
-        """The last good step, and the reason why training stopped before the loop ended, or an empty string."""
-        progress = comfy.utils.ProgressBar(self.config.steps)
-        last = first
-        self.begin(first, saved)
-        began = time.perf_counter()
-        try:
-            for last in chain([first], steps):
-                if last is not first:
-                    self.record(last, time.perf_counter() - began)
-                self.show(last, progress)  # raises ComfyUI's interrupt
-                if self.is_last(last) or self.live.stop.is_set():
-                    self.live.close()
-                    if last.number and self.live.stop.is_set():  # one loss alone is no curve for Plot Loss Graph
-                        return self.stopped(steps)
-                began = time.perf_counter()
-            return last, ""
-        except TrainingStopped as error:
-            self.live.close()
-            ended = f"{error} Kept the vectors of step {last.best_step}."
-            if self.live.chosen is not None:
-                ended += f" Choose the preview of step {self.live.chosen} again to save its embedding."
-            logging.warning("Textual inversion: %s", ended)
-            return last, ended
+            while (item := _next(news, reply)) is not None:
+                run, step = item
+                reply = run.take(step)
         except BaseException:  # ComfyUI's interrupt is not an Exception
-            self.rescue(last)
+            for run in runs:
+                run.rescue()
             raise
 
-    def stopped(self, steps: Generator[Step, bool | Choice | None]) -> tuple[Step, str]:
-        """The last step, and why it is: ended by hand, perhaps with the vectors of a preview picture."""
-        if self.live.chosen is not None:
-            last = steps.send(Choice(self.live.chosen, self.live.pictured[self.live.chosen]))
-            self.live.tell("learning", best=last.best_step)
-            return last, f"Stopped by hand to keep what the preview of step {last.best_step} shows."
-        last = steps.send(True)
-        self.note_fixed_loss(last)
-        return last, f"Stopped by hand. {more_steps(last.progress, self.config)}"
 
-    def begin(self, first: Step, saved: dict[str, Any] | None) -> None:
-        """Takes over the curves of a saved run, and tells where training starts."""
-        message = ""
-        if saved and first.number:
-            self.losses = [*saved["losses"], first.loss][: first.number + 1]
-            self.fixed = [(number, loss) for number, loss in saved["fixed"]]
-            self.note_fixed_loss(first)  # where the saved run was interrupted before its evaluation
-            message = f"Resumed the unfinished run at step {first.number}."
-        else:
-            self.losses, self.fixed = [first.loss], [(0, first.loss)]
-            if saved or self.state_file.has_others:
-                changed = "the model" if saved else "settings, pictures, the model or the node pack"
-                kept = "" if saved else ", which is kept"
-                message = f"Started over: {changed} changed since the unfinished run{kept}."
-        self.live.tell("learning", message=" ".join([*self.notes.texts, message]).strip(), steps=self.config.steps)
+def _next(news, reply: Reply):
+    try:
+        return news.send(reply)
+    except StopIteration:
+        return None
 
-    def check_preview(self, start: Embedding) -> None:
-        """Says now what would be wrong with every preview."""
-        preview, trigger = self.request.preview, self.config.trigger
-        prompts = [place_trigger(text, trigger) for text in (*preview.prompts, preview.preview_negative)]
-        prompts = [text for text in prompts if has_trigger(text, trigger)]
-        if not prompts:
-            self.notes.add(
-                f"Previews do not show the word: write {{}} or {self.config.trigger!r} into the preview prompt."
-            )
-            return
-        with self.notes.side_job("Previews will not show the word as it is"):
-            self.model.check_prompts(prompts, start)
 
-    def record(self, step: Step, seconds: float) -> None:
-        self.seconds = 0.9 * self.seconds + 0.1 * seconds if self.seconds else seconds
-        self.losses.append(step.loss)
-        self.note_fixed_loss(step)
+def remove_state(run: TrainingRun) -> None:
+    """Removes the state of a run that is done, unless with more steps it goes on from there."""
+    with run.notes.side_job("The saved state of this run cannot be removed"):
+        run.state_file.remove()
+    if run.last and still_improving(run.last.progress, run.config):
+        run.save(run.last)
 
-    def note_fixed_loss(self, step: Step) -> None:
-        if step.fixed_loss is not None:
-            self.fixed.append((step.number, step.fixed_loss))
 
-    def show(self, step: Step, progress: comfy.utils.ProgressBar) -> None:
-        """A preview and the saved state where they are due, the panel, and ComfyUI's progress bar."""
-        if self.take_preview_request() or self.preview_is_due(step):
-            with self.model.paused() as model:
-                self.draw(model, step.state.tokens.concept.snapshot(), step.number)
-        self.send_progress(step)
-        if step.number and step.number % SAVE_EVERY == 0:
-            self.save(step)
-        planned = earliest_end(step.progress, self.config)
-        progress.update_absolute(step.number, min(self.config.steps, max(step.number + 1, planned)))
+class Progress:
+    """ComfyUI's progress bar, over all concepts."""
 
-    def send_progress(self, step: Step) -> None:
-        """Sends everything about the run to the panel."""
-        planned = earliest_end(step.progress, self.config)
-        self.live.tell(
-            "learning",
-            step=step.number,
-            learning_rate=step.learning_rate,
-            rate=self.config.batch_size * self.config.accumulation / self.seconds if self.seconds else 0.0,
-            planned=planned,
-            seconds_left=(planned - step.number) * self.seconds if self.seconds and step.progress.agreement else None,
-            trend="waiting" if step.progress.released is None else "flat" if step.progress.flat else "improving",
-            flat=step.progress.flat,
-            best=step.best_step,
-            losses=thinned(self.losses),
-            fixed=self.fixed,
-        )
+    def __init__(self) -> None:
+        self.runs: list[TrainingRun] = []
+        self._bar: comfy.utils.ProgressBar | None = None
 
-    def take_preview_request(self) -> bool:
-        """Whether the button *Preview now* was pressed since the last call."""
-        pressed = self.live.preview.is_set()
-        self.live.preview.clear()
-        return pressed
-
-    def preview_is_due(self, step: Step) -> bool:
-        every = self.request.preview.preview_every
-        wanted = every > 0 and step.number % every == 0 and not self.preview_failed
-        return wanted and not self.is_last(step)  # that is drawn as the result anyway
-
-    def is_last(self, step: Step) -> bool:
-        """Whether training ends by itself after this step."""
-        return step.number >= self.config.steps or finished(step.progress, self.config)
-
-    def draw(self, model: DiffusionModel, embedding: Embedding, number: int) -> None:
-        """One preview of the vectors at step ``number``, with a picture for each prompt beside one another.
-
-        After one that failed only the last is tried.
-        """
-        preview, trigger = self.request.preview, self.config.trigger
-        negative = place_trigger(preview.preview_negative, trigger)
-        sampling = self.shape, self.config.seed, preview.preview_steps, preview.preview_cfg, negative
-        is_result = self.live.record.state == "finishing"
-        self.preview_failed = True
-        if not is_result:
-            self.live.tell("drawing")
-        with self.notes.side_job("No preview"):
-            prompts = [place_trigger(text, trigger) for text in preview.prompts]
-            pictures = [model.generate(prompt, embedding, *sampling) for prompt in prompts]
-            self.pictures.append(torch.cat(pictures, dim=2))
-            self.preview_failed = False
-        if not self.preview_failed:
-            self.live.pictured[number] = described(embedding, number, self.config, self.request.base_model)
-            with self.notes.side_job("The preview cannot be shown"):
-                self.show_picture(self.pictures[-1], number, is_result)
-
-    def show_picture(self, picture: Tensor, number: int, is_result: bool) -> None:
-        (file,) = ui.ImageSaveHelper.save_images(picture, "textual_inversion/preview", io.FolderType.temp, cls=None)
-        shape = {"aspect": picture.shape[2] / picture.shape[1], "result": is_result}
-        self.live.tell(self.live.record.state, pictures=[*self.live.record.pictures, {"step": number, **shape, **file}])
-
-    def save(self, step: Step, told: str = "") -> None:
-        """Writes what is needed to resume; ``told`` is what the panel says once it is written."""
-        with self.notes.side_job("This run cannot be resumed, since its state cannot be saved"):
-            self.state_file.write(
-                {
-                    "training": step.state.to_dict(),
-                    "initializer": self.config.initializer,
-                    "losses": self.losses,
-                    "fixed": self.fixed,
-                }
-            )
-            if told:
-                self.notes.add(told)
-
-    def rescue(self, last: Step) -> None:
-        """Keeps the best vectors and the state of a run that was cancelled or failed."""
-        released = last.progress.released
-        if released is not None and last.best_step > released:  # before that they are the initializer's
-            name = f"{formats.file_name(self.config.trigger)}-partial"
-            self.write(last, name, [embeddings_folder(), output_folder()], "What was learned so far is in {path}.")
-        if last.number > 0:
-            self.save(last, "Queue the workflow again to go on.")
-
-    def write(self, step: Step, name: str, folders: Sequence[Path], told: str = "") -> Embedding:
-        """The best vectors so far, written to the first of the ``folders`` that takes them.
-
-        ``told`` is what the panel says of the file.
-        """
-        embedding = learned_embedding(step, self.config, self.request.base_model)
-        failed = []
-        for folder in folders:
-            try:
-                (path,) = formats.write_new(embedding, folder, name)
-            except Exception as error:  # a full disk, missing rights, a folder that is a file ...
-                failed.append(f"{folder} cannot be written to: {reason(error)}")
-                continue
-            if failed:
-                self.notes.add(f"{failed[0]} The embedding is in {path}.")
-            elif told:
-                self.notes.add(told.format(path=path.name))
-            logging.info("Textual inversion: %s is in %s", self.config.trigger, path)
-            return embedding
-        self.notes.add(f"{' '.join(failed)} The embedding is in no file: connect Save Embedding, or queue again.")
-        return embedding
+    def __call__(self) -> None:
+        """Moves the bar. Raises ComfyUI's interrupt."""
+        positions = [run.position for run in self.runs]
+        known = [planned for _, planned in positions if planned]
+        average = sum(known) / len(known) if known else 1
+        total = sum(planned or average for _, planned in positions)
+        self._bar = self._bar or comfy.utils.ProgressBar(int(total))
+        self._bar.update_absolute(sum(step for step, _ in positions), int(total))

@@ -10,7 +10,7 @@ import folder_paths
 import pytest
 import torch
 from kill_and_resume import graph, kill_at, learned, node
-from ti_pack.nodes.state_file import DAY, MOST_DAYS, MOST_STATES, StateFile  # pyright: ignore[reportMissingImports]  made by conftest.py
+from ti_pack.nodes.state_file import DAY, MOST_DAYS, MOST_STATES, StateFile, sweep  # pyright: ignore[reportMissingImports]  made by conftest.py
 
 from demo.measure import CONCEPTS
 from dev.comfyui_server import ComfyServer
@@ -184,12 +184,12 @@ def test_states_that_nobody_goes_on_with_are_swept(folder, caplog):
     caplog.set_level("INFO")
     many = [saved(f"many{number}", days_ago=number / 10) for number in range(MOST_STATES + 5)]
     old, own = saved("old", MOST_DAYS + 1), saved("own", MOST_DAYS + 100)
-    StateFile("owner", "own").sweep([])
+    sweep([StateFile("owner", "own")], [])
     assert [path.exists() for path in many] == [True] * MOST_STATES + [False] * 5
     assert (old.exists(), own.exists()) == (False, True)
     assert f"removed 6 unfinished runs; the newest {MOST_STATES} are kept, for {MOST_DAYS} days" in caplog.text
     caplog.clear()
-    StateFile("owner", "own").sweep([])
+    sweep([StateFile("owner", "own")], [])
     assert caplog.text == ""
 
 
@@ -208,10 +208,10 @@ def test_what_killed_processes_left_is_swept(folder, tmp_path):
     others = [folder / "a.txt", tmp_path / "S.tmp", tmp_path / "S.safetensors", tmp_path / f"S.{hexadecimal[1:]}.tmp"]
     for path in [*ours, *others]:
         path.touch()
-    StateFile("owner", "own").sweep([tmp_path, tmp_path / "not there"])
+    sweep([StateFile("owner", "own")], [tmp_path, tmp_path / "not there"])
     assert all(path.exists() for path in [*ours, *others])
     for path in [*ours, *others]:
         os.utime(path, times=(time.time() - 2 * DAY,) * 2)
-    StateFile("owner", "own").sweep([tmp_path, tmp_path / "not there"])
+    sweep([StateFile("owner", "own")], [tmp_path, tmp_path / "not there"])
     assert not any(path.exists() for path in ours)
     assert all(path.exists() for path in others)

@@ -128,17 +128,29 @@ def more_steps(progress: Progress, config: TrainConfig) -> str:
 def what_was_learned(progress: Progress, origin: str) -> str:
     """How much better the pictures are explained by the embedding than by the initializer, or that it is not known."""
     gain, loss = progress.gain, progress.best_evaluation.loss
-    share, error = (value / (loss + gain.mean) for value in (gain.mean, CERTAIN * gain.error))
+    share, error = _share(progress)
     numbers = f"loss on fixed noise {loss + gain.mean:.4f} and {loss:.4f}"
     if gain.certain:
-        return (
-            f"Learned: explains the pictures {share:.1%} (± {error:.1%}) better than {origin} ({numbers}). "
-            f"Kept: step {progress.best_step}."
-        )
+        return f"Learned: {in_short(progress, origin)} ({numbers}). Kept: step {progress.best_step}."
     return (
         f"Nothing was measurably learned: the word explains the pictures no better than {origin} does, beyond chance "
         f"({share:.1%} ± {error:.1%}; {numbers}). Kept: step {progress.best_step}."
     )
+
+
+def in_short(progress: Progress, origin: str) -> str:
+    """The same in a few words."""
+    share, error = _share(progress)
+    if progress.gain.certain:
+        return f"explains the pictures {share:.1%} (± {error:.1%}) better than {origin}"
+    return "nothing was measurably learned"
+
+
+def _share(progress: Progress) -> tuple[float, float]:
+    """The share of the initializer's loss that the embedding removes, and how far it may be off."""
+    gain, loss = progress.gain, progress.best_evaluation.loss
+    share, error = (value / (loss + gain.mean) for value in (gain.mean, CERTAIN * gain.error))
+    return share, error
 
 
 def unusual_rate(config: TrainConfig) -> str:
