@@ -22,8 +22,8 @@ class LoadImages(io.ComfyNode):
             node_id="TI_LoadImages",
             display_name="Load Images (Textual Inversion)",
             category=CATEGORY,
-            description="Loads all pictures of a folder, sorted by name, with masks and captions. In a folder of folders "
-            "each is a concept of its own.",
+            description="Loads all pictures of a folder, sorted by name, with masks and captions. In a folder of "
+            "folders each is a concept of its own.",
             search_aliases=[
                 "load images",
                 "image folder",

@@ -133,8 +133,11 @@ class ConceptRun(Protocol):
 
     concept: Concept
     dataset: Dataset
-    saved: dict[str, Any] | None
-    """The ``TrainState.to_dict`` of an unfinished run with the same pictures and settings."""
+
+    @property
+    def saved(self) -> dict[str, Any] | None:
+        """The ``TrainState.to_dict`` of an unfinished run with the same pictures and settings."""
+        ...
 
     def begin(self, resume: bool) -> tuple[Embedding, TrainConfig]:
         """The initial vectors, and the settings with the initializer that they come from; it may have to be searched.
