@@ -204,7 +204,7 @@ class TrainingRun:
 
     def begin(self, resume: bool) -> tuple[Embedding, TrainConfig]:
         """The initial vectors, and the settings with their initializer (see ``library.ConceptRun``)."""
-        if self.live.stop.is_set():
+        if self.one_of_several and self.live.stop.is_set():
             raise UserError("Stopped before it began.")
         self._began = time.perf_counter()
         if self.one_of_several:
