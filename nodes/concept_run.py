@@ -48,6 +48,10 @@ NO_PICTURE = torch.zeros(1, 64, 64, 3)  # the output of a run whose previews fai
 SAVE_EVERY = 10  # steps between writes of the state, which take a millisecond each
 
 
+class NotBegun(UserError):
+    """A concept was stopped while it waited."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What the node was asked to do."""
@@ -205,7 +209,7 @@ class TrainingRun:
     def begin(self, resume: bool) -> tuple[Embedding, TrainConfig]:
         """The initial vectors, and the settings with their initializer (see ``library.ConceptRun``)."""
         if self.one_of_several and self.live.stop.is_set():
-            raise UserError("Stopped before it began.")
+            raise NotBegun("Stopped before it began.")
         self._began = time.perf_counter()
         if self.one_of_several:
             self.live.tell("encoding")
@@ -270,7 +274,7 @@ class TrainingRun:
         self.error = error
         self.rescue()
         if self.one_of_several:
-            self.live.end("failed", message=str(error))
+            self.live.end("cancelled" if isinstance(error, NotBegun) else "failed", message=str(error))
 
     def finish(self, ended: str) -> None:
         """Writes and shows the result."""

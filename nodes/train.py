@@ -108,8 +108,9 @@ class Train(io.ComfyNode):
         pictures, masks, captions = _single(images), _single(masks or []), captions or []
         _check_no_list_as_text(captions)
         _check_mask_of_load_image(masks, connected(cls.hidden.prompt, cls.hidden.unique_id, "masks"))
-        check_pictures(pictures, masks, captions)
         concepts = by_concept(triggers, pictures, masks, captions, config.kind)
+        if len(concepts) == 1:  # of several, those without a fault learn
+            check_pictures(pictures, masks, captions)
         continued = resume[0] if resume else None
         if continued and len(concepts) > 1:
             raise UserError("An embedding to resume belongs to one trigger word: connect a single one to 'trigger'.")

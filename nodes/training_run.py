@@ -7,7 +7,8 @@ import comfy.utils
 
 from ..textual_inversion import UserError
 from ..textual_inversion.adapters.comfyui import ComfyModel
-from ..textual_inversion.library import Concept, learn_together
+from ..textual_inversion.errors import listed
+from ..textual_inversion.library import Concept, learn_together, unknown_words
 from ..textual_inversion.training import Reply, still_improving
 from .concept_run import Notes, Request, Result, TrainingRun
 from .files import embeddings_folder, output_folder, temporary_folder
@@ -42,6 +43,8 @@ def run_training(
         run = TrainingRun(concept, dataset, own, live, state_file, len(concepts) > 1, progress)
         run.supports_embedding_files = model.supports_embedding_files
         run.read_state()
+        if unknown := unknown_words([one.trigger for one in concepts], concept.captions if len(concepts) > 1 else ()):
+            run.notes.add(f"{listed(unknown)} in the captions is no concept of this run, so it is read as text.")
         progress.runs.append(run)
     learn_all(model, progress.runs, request.config.concepts_at_once)
     for run in progress.runs:

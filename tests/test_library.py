@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,11 @@ class Run:
     model: ComfyModel
     config: TrainConfig
     saved: dict[str, Any] | None = None
-    resumed: list[bool] = field(default_factory=list)
+    broken: bool = False
 
     def begin(self, resume: bool) -> tuple[Embedding, TrainConfig]:
-        self.resumed.append(resume)
+        if self.broken:
+            raise UserError("broken")
         return initial_embedding(self.model.vocabularies(), self.concept.trigger, "toy", 1), self.config
 
 
@@ -172,6 +173,16 @@ def test_captions_name_several(sd1, pictures):
     assert isinstance(cat_step, Step)
     (seen,), cats = dog_step.state.tokens.beside, cat_step.state.ema.concept
     assert all(torch.equal(vectors, cats.vectors[key]) for key, vectors in seen.vectors.items())
+
+
+def test_one_that_cannot_begin_stays_text_beside_the_others(sd1, pictures):
+    concepts = by_concept(list(WORDS), pictures(3), [], ["{} beside <cat>", "", ""], "object")
+    model = ComfyModel(*sd1)
+    runs = runs_of(model, concepts)
+    runs[1].broken = True
+    with model.training():
+        last = learned(model, runs, 1)
+    assert [type(step) for step in last.values()] == [Step, UserError, Step]
 
 
 def test_resumes(sd1, pictures):

@@ -810,3 +810,107 @@ def test_a_cancel_on_a_full_disk_keeps_the_vectors(server, disk):
         (path,) = set(server.base.rglob("S-partial*.safetensors")) - before
         assert safe_open(path, "pt").get_tensor("clip_l").shape == (1, 32)
     assert "execution_interrupted" in [event["type"] for event in run.events]
+
+
+# Several concepts ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(server):
+    """Folders of pictures inside the input folder; one has nothing, one a caption in which the word is cut off."""
+    for folder, colours in {"cat": ["red", "blue"], "my dog": ["lime"], "long": ["gray"]}.items():
+        place = server.base / "input/library" / folder
+        place.mkdir(parents=True, exist_ok=True)
+        for colour in colours:
+            Image.new("RGB", (64, 64), colour).save(place / f"{colour}.png")
+    (server.base / "input/library/empty").mkdir()
+    (server.base / "input/library/my dog/lime.txt").write_text("a {} next to <fox>")
+    (server.base / "input/library/long/gray.txt").write_text("a very " * 60 + "long caption of {}")
+    return "library"
+
+
+def library_graph(library, **settings):
+    graph = learning_graph(**settings)
+    graph["images"]["inputs"] |= {"folder": library, "size": 0, "crop": "keep shape"}
+    graph["train"]["inputs"] |= {"trigger": ["images", 3], "captions": ["images", 2]}
+    graph["save"]["inputs"]["name"] = ""
+    for name in set(graph) - {"load", "images", "settings", "train", "save"}:
+        del graph[name]
+    return graph
+
+
+def records_of(run) -> dict[str, dict]:
+    """The last record of each concept."""
+    events = [event["data"] for event in run.events if event["type"] == EVENT]
+    return {record["concept"]: record for record in events}
+
+
+def test_a_folder_of_folders_gives_a_word_each(server, library):
+    """What cannot be learned is named, and the others are learned, saved and told."""
+    run = server.run(library_graph(library, seed=51))
+    outputs = run.history["outputs"]
+    assert [line for line in outputs["save"]["text"] if line.startswith("embedding:")] == [
+        "embedding:cat",
+        "embedding:my_dog",
+    ]
+    assert {"cat.safetensors", "my_dog.safetensors"} <= {
+        file.name for file in (server.base / "models/embeddings").iterdir()
+    }
+    (summary,) = outputs["train"]["text"]
+    assert re.fullmatch(r"<cat>: .*, 6 steps, \d+ s\.\n<my_dog>: .*, 6 steps, \d+ s\.", summary)
+    assert [file["name"] for file in outputs["images"]["left_out"]] == ["empty/"]
+    last = records_of(run)
+    assert {concept: record["state"] for concept, record in last.items()} == {
+        "<cat>": "done",
+        "<my_dog>": "done",
+        "<long>": "failed",
+    }
+    assert "has no room for" in last["<long>"]["message"]
+    assert "<fox> in the captions is no concept of this run" in last["<my_dog>"]["message"]
+    assert len({record["group"] for record in last.values()}) == 1
+
+
+def test_a_cancelled_library_goes_on(server, library):
+    """Of those that are done nothing is learned again, and all come out as without a break."""
+
+    def cancel(event):
+        data = event["data"]
+        if event["type"] == EVENT and data["concept"] == "<my_dog>" and data["step"] == 12:
+            server.interrupt()
+
+    graph = library_graph(library, seed=52, steps=20)
+    run = server.run(graph, on_event=cancel, check=False)
+    assert records_of(run)["<cat>"]["state"] == "done"
+    assert records_of(run)["<my_dog>"]["state"] == "cancelled"
+    again = server.run(graph)
+    first = [event["data"] for event in again.events if event["type"] == EVENT and event["data"]["state"] == "learning"]
+    assert "Resumed the unfinished run at step 20." in next(r["message"] for r in first if r["concept"] == "<cat>")
+    assert re.search(
+        r"Resumed the unfinished run at step 1\d\.", next(r["message"] for r in first if r["concept"] == "<my_dog>")
+    )
+    assert {record["state"] for concept, record in records_of(again).items() if concept != "<long>"} == {"done"}
+
+
+def test_one_concept_or_all_can_be_stopped(server, library):
+    def stop(event):
+        data = event["data"]
+        if event["type"] == EVENT and data["concept"] == "<cat>" and data["step"] == 2:
+            server.http.post(f"{server.url}/textual_inversion/runs/{data['run']}/stop", timeout=60)
+        if event["type"] == EVENT and data["concept"] == "<my_dog>" and data["step"] == 3:
+            server.http.post(f"{server.url}/textual_inversion/runs/{data['group']}/stop", timeout=60)
+
+    run = server.run(library_graph(library, seed=53, steps=2000), on_event=stop)
+    last = records_of(run)
+    assert {concept: record["state"] for concept, record in last.items() if concept != "<long>"} == {
+        "<cat>": "done",
+        "<my_dog>": "done",
+    }
+    assert all("Stopped by hand." in last[concept]["message"] for concept in ("<cat>", "<my_dog>"))
+
+
+def test_trigger_words_must_fit_the_pictures(server, library):
+    graph = library_graph(library, seed=54)
+    graph["train"]["inputs"]["images"] = ["other", 0]
+    graph["other"] = node("TI_LoadImages", folder="pictures", path="", crop="square", size=64)
+    run = server.run(graph, check=False)
+    assert re.search(r"There are 4 trigger words for \d pictures of several concepts", run.error["exception_message"])

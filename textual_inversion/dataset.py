@@ -48,14 +48,19 @@ def check_pictures(images: Sequence[Tensor], masks: Sequence[Tensor], captions: 
             f"Nothing is white in {numbered('mask', empty)}, so nothing would be learned there: invert masks that come "
             "from Load Image (Invert Mask), paint white what is to be learned, or connect no masks."
         )
-    for number, caption in enumerate(captions, 1):
-        if not isinstance(caption, str):
-            raise UserError(f"Caption {number} is {caption!r:.40}, which is no text: connect texts to 'captions'.")
+    check_captions(captions)
     if len(captions) not in (0, 1, len(images)):
         raise UserError(
             f"There are {len(captions)} captions for {len(images)} pictures: connect one for each, one for all, "
             "or none."
         )
+
+
+def check_captions(captions: Sequence[str]) -> None:
+    """Raises UserError for what is no text."""
+    for number, caption in enumerate(captions, 1):
+        if not isinstance(caption, str):
+            raise UserError(f"Caption {number} is {caption!r:.40}, which is no text: connect texts to 'captions'.")
 
 
 def numbered(what: str, numbers: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .adapters.protocol import TrainableModel
 from .config import TrainConfig
-from .dataset import Dataset, make_dataset
+from .dataset import Dataset, check_captions, make_dataset
 from .devices import is_out_of_memory
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped, UserError
@@ -57,8 +57,11 @@ def by_concept(
     """
     words = list(dict.fromkeys(triggers))
     check_triggers(words)
+    check_captions(captions)
     if len(words) == 1:
         return [Concept(words[0], list(images), list(masks), list(captions))]
+    if len(captions) == 1:
+        captions = list(captions) * len(images)
     for what, values in (("trigger words", triggers), ("masks", masks), ("captions", captions)):
         if len(values) not in (len(images), 0 if what != "trigger words" else len(images)):
             raise UserError(
@@ -117,6 +120,8 @@ def linked(concepts: Sequence[Concept]) -> list[list[int]]:
     groups = [{number} for number in range(len(concepts))]
     for number, concept in enumerate(concepts):
         for other in concept.beside:
+            if other not in numbers:  # it cannot be learned: its word stays text
+                continue
             one, two = groups[number], groups[numbers[other]]
             if one is not two:
                 one |= two
@@ -244,17 +249,31 @@ class _Start:
     average: Embedding
     """Of the embedding while it learns, for those that stand beside it."""
 
+    @classmethod
+    def of(cls, run: ConceptRun) -> "_Start | UserError | TrainingError":
+        try:
+            embedding, config = run.begin(resume=run.saved is not None)
+        except (UserError, TrainingError) as error:
+            return error
+        return cls(embedding, config, embedding.snapshot())
+
 
 def _learner(
-    model: TrainableModel, run: ConceptRun, group: Sequence[ConceptRun], starts: dict[str, _Start], processes: Processes
+    model: TrainableModel,
+    run: ConceptRun,
+    group: Sequence[ConceptRun],
+    starts: dict[str, _Start | UserError | TrainingError],
+    processes: Processes,
 ) -> Learner:
     """``learn`` for one of a group of concepts that learn at the same time; ``starts`` is theirs, empty at first."""
     if not starts:  # each is used beside the others, so all begin before one learns
-        for member in group:
-            embedding, config = member.begin(resume=member.saved is not None)
-            starts[member.concept.trigger] = _Start(embedding, config, embedding.snapshot())
+        starts.update({member.concept.trigger: _Start.of(member) for member in group})
     start = starts[run.concept.trigger]
-    beside = [starts[trigger].average for trigger in run.concept.beside]
+    if isinstance(start, Exception):
+        raise start
+    # One that cannot begin stays text in the captions of the others.
+    others = [starts.get(trigger) for trigger in run.concept.beside]
+    beside = [other.average for other in others if isinstance(other, _Start)]
 
     def learner(saved: dict[str, Any] | None) -> Learner:
         embedding = start.embedding.trainable()

@@ -21,6 +21,7 @@ from .memory import enable_checkpointing_if_needed, out_of_memory_explained
 from .objective import batch_loss
 from .optimizers import OPTIMIZERS, learning_rate, make_optimizer
 from .processes import ALONE, Processes
+from .prompts import has_trigger
 from .state import Progress, TrainState
 
 # The default schedule, in steps and shares (docs/method.md).
@@ -365,7 +366,9 @@ def _trained_tokens(
 def _check_prompts(model: TrainableModel, tokens: TrainedTokens, dataset: Dataset) -> None:
     per_image = {embedding.trigger: embedding for embedding in tokens.per_image}
     for prompts, trigger in zip(dataset.prompts, dataset.image_triggers, strict=True):
-        model.check_prompts(prompts, tokens.concept, *([per_image[trigger]] if trigger else []))
+        for prompt in prompts:
+            beside = [other for other in tokens.beside if has_trigger(prompt, other.trigger)]
+            model.check_prompts([prompt], tokens.concept, *([per_image[trigger]] if trigger else []), *beside)
 
 
 def _check_gradients(model: TrainableModel, tokens: TrainedTokens, batch: Batch) -> None:
