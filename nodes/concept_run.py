@@ -288,7 +288,9 @@ class TrainingRun:
         self.live.tell("finishing", message=" ".join(filter(None, [self.live.record.message, ended])))
         origin = "the given embedding" if self.request.continued else repr(self.config.initializer)
         left_out = () if self.one_of_several else self.request.left_out
-        text = report(self.model, self.dataset, self.config, self.start, last, origin, ended, left_out)
+        text = f"{self.config.trigger}: step {last.best_step}. {ended}"
+        with self.notes.side_job("No report"):
+            text = report(self.model, self.dataset, self.config, self.start, last, origin, ended, left_out)
         if not self.supports_embedding_files:
             text += "\nembedding:NAME does not work with this text encoder: use Load Embedding and Apply Embedding."
         self.save(last)
@@ -297,7 +299,9 @@ class TrainingRun:
         self.taken = time.perf_counter() - self._began
         text = "\n".join([text, *self.notes.texts, f"{self.taken:.0f} s, previews included."])
         summary = f"{self.config.trigger}: {in_short(last.progress, origin)}, {last.number} steps, {self.taken:.0f} s."
-        self.result = Result(learned, text, summary, self.losses, self.pictures or [NO_PICTURE])
+        pictures = self.pictures[-1:] if self.one_of_several else self.pictures  # those of hundreds would fill memory
+        self.result = Result(learned, text, summary, self.losses, pictures or [NO_PICTURE])
+        self.pictures = pictures
         if self.one_of_several:
             self.live.end("done")
 
