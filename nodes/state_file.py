@@ -95,7 +95,9 @@ def sweep(kept: Sequence[StateFile], folders: Sequence[Path]) -> None:
 
 def _run_of(path: Path) -> str:
     """The same for all concepts of a run."""
-    return path.name.partition("-")[0].partition(".")[0]
+    owner, _, rest = path.name.partition("-")
+    run, one_of_several, _ = owner.partition(".")
+    return run if one_of_several else f"{owner}-{rest}"
 
 
 def _days_old(path: Path) -> float:

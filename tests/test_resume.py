@@ -182,10 +182,14 @@ def test_a_whole_state_beside_a_damaged_one_is_found(folder):
 
 def test_states_that_nobody_goes_on_with_are_swept(folder, caplog):
     caplog.set_level("INFO")
-    many = [saved(f"many{number}", days_ago=number / 10) for number in range(MOST_STATES + 5)]
+    many = [saved(f"many{number}", days_ago=number / 10) for number in range(MOST_STATES + 4)]
+    library = [folder / f"library.{number}-a.state" for number in range(MOST_STATES)]  # of one run
+    for path in library:
+        path.write_bytes(many[0].read_bytes())
     old, own = saved("old", MOST_DAYS + 1), saved("own", MOST_DAYS + 100)
     sweep([StateFile("owner", "own")], [])
-    assert [path.exists() for path in many] == [True] * MOST_STATES + [False] * 5
+    assert [path.exists() for path in many] == [True] * (MOST_STATES - 1) + [False] * 5
+    assert all(path.exists() for path in library)
     assert (old.exists(), own.exists()) == (False, True)
     assert f"removed 6 unfinished runs; the newest {MOST_STATES} are kept, for {MOST_DAYS} days" in caplog.text
     caplog.clear()

@@ -489,7 +489,7 @@ def test_an_empty_mask_of_load_image_is_named_by_its_file(server, file):
     assert "1 picture (none with captions, all with masks)" in report_of(server.run(graph))
 
 
-@pytest.mark.parametrize("name", ["trigger", "seed", "steps", "model", "vae", "settings"])
+@pytest.mark.parametrize("name", ["seed", "steps", "model", "vae", "settings"])
 def test_a_list_where_one_value_is_needed(server, name):
     graph = learning_graph()
     graph["list"] = node("TIT_Twice", value=graph["train"]["inputs"][name])
