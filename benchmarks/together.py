@@ -2,13 +2,16 @@
 
     python -m benchmarks.together            every pair, 3 seeds; writes results/together/report.md
 
-Four pictures show a character the model has never seen, in a style it has never seen: "a picture of <heart> on grass
-in the style of <ember>". Both words are learned in one run (library.py) from the same four pictures. Each is then
-measured alone: the character in pictures without the style, the style on other characters, as `identity` is in
-benchmarks/concepts.py. Beside it, what each reaches from four pictures of its own, where nothing has to be told apart.
+Four pictures show a character the model has never seen, always on a background in a colour it has never seen:
+"a photo of <heart> on a <teal> background". Both words are learned in one run (library.py) from the same four pictures.
+Each is then measured without the other, by `identity` as in benchmarks/concepts.py: the character on eight other
+backgrounds, the colour behind eight other characters. Beside it, what the character's word becomes when it is learned
+from these pictures alone, with captions in which nothing names the background ("a photo of <heart>"), and from four
+pictures of its own on four backgrounds.
 """
 
 import argparse
+import random
 from typing import Any
 
 import numpy as np
@@ -18,22 +21,38 @@ from demo.measure import Bench, Concept
 from dev.get_comfyui import ROOT
 
 OUT = ROOT / "benchmarks/results/together"
-PAIRS = (("heart", "ember"), ("star", "lagoon"), ("moon", "orchid"))
+PAIRS = (
+    ("heart", "teal", "cyan"),
+    ("star", "moss", "brown"),
+    ("moon", "rose", "pink"),
+)  # with the nearest known colour
+PICTURES = 4
 
 
-def pictures_of(pair: tuple[str, str]) -> tuple[list[torch.Tensor], list[str]]:
-    """Pictures (1, 64, 64, 3) of a character in a style, and captions that name both."""
+def rendered(pictures: list[Any], seed: int) -> list[torch.Tensor]:
+    """(1, 64, 64, 3) each."""
     from toy_model.drawing import render
-    from toy_model.make_concepts import CHARACTERS, STYLES, TRAINING
-    from toy_model.world import Picture, Style, place
 
-    who, how = pair
-    jitter, images, captions = np.random.default_rng(7), [], []
-    for background in TRAINING:
-        picture = Picture(CHARACTERS[who], background, style=Style("palette", "{}", palette=STYLES[how]))
-        images.append(torch.from_numpy(render(picture, jitter)).float()[None] / 255)
-        captions.append(f"a picture of <{who}> {place(background)} in the style of <{how}>")
-    return images, captions
+    jitter = np.random.default_rng(seed)
+    return [torch.from_numpy(render(picture, jitter)).float()[None] / 255 for picture in pictures]
+
+
+def pictures_of(who: str, colour: str) -> list[torch.Tensor]:
+    """The character on the background; nothing else differs but its place and size."""
+    from toy_model.make_concepts import CHARACTERS
+    from toy_model.world import Picture
+
+    return rendered([Picture(CHARACTERS[who], colour)] * PICTURES, 7)
+
+
+def others_on(colour: str, word: str) -> tuple[list[torch.Tensor], list[str]]:
+    """Characters that the model knows on the background, with captions that name it."""
+    from toy_model.world import Picture, contrast, named_characters
+
+    fits = [name for name, who in named_characters().items() if contrast(who.colour, colour) > 0.75]
+    names = random.Random(3).sample(fits, 8)
+    pictures = [Picture(named_characters()[name], colour, name=name) for name in names]
+    return rendered(pictures, 8), [f"a photo of {name} on a {word} background" for name in names]
 
 
 class Run:
@@ -70,18 +89,9 @@ def learned(bench: Bench, concepts: list[Any], initializers: list[str], seed: in
     return last
 
 
-def identity(bench: Bench, known: Concept, step: Any, trigger: str) -> float:
-    """1 - L(word) / L(class) on the held-out pictures of the concept alone."""
-    from textual_inversion import TrainConfig, initial_embedding
-
-    heldout = bench.dataset(known, "heldout", TrainConfig(trigger=trigger))
-    with bench.model.training() as model:
-        start = initial_embedding(model.vocabularies(), trigger, known.initializer, 1)
-        before = bench.heldout_loss(heldout, start, known.initializer)
-        return 1 - bench.heldout_loss(heldout, step.best.renamed(trigger), trigger) / before
-
-
 def main() -> None:
+    from textual_inversion import TrainConfig, initial_embedding
+    from textual_inversion.dataset import make_dataset
     from textual_inversion.library import Concept as Learned
     from textual_inversion.library import by_concept
 
@@ -89,29 +99,33 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pairs", type=int, default=len(PAIRS))
     arguments, bench = parser.parse_args(), Bench()
-    lines = [
-        "| pair | seed | word | from pairs only | steps | from pictures of its own | steps |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for pair in PAIRS[: arguments.pairs]:
-        known = [Concept.read(name) for name in pair]
-        words, classes = [f"<{name}>" for name in pair], [one.initializer for one in known]
-        images, captions = pictures_of(pair)
-        together = by_concept([words[0], words[0], words[1], words[1]], images, [], captions, "object")
-        alone = []
-        for one, word in zip(known, words, strict=True):
-            own, _, texts, _ = bench._load_folder(one.folder / "train", 0, False)
-            alone.append(Learned(word, own, [], texts))
+    lines = ["| pair | seed | word | together | the same pictures alone | four backgrounds |", "|---" * 6 + "|"]
+
+    def identity(step: Any, heldout: Any, known: str) -> str:
+        """1 - L(word) / L(class) on pictures of the concept without the other."""
+        with bench.model.training() as model:
+            start = initial_embedding(model.vocabularies(), step.best.trigger, known, 1)
+            before = bench.heldout_loss(heldout, start, known)
+            return f"{1 - bench.heldout_loss(heldout, step.best, step.best.trigger) / before:.2f} ({step.number})"
+
+    for who, colour, near in PAIRS[: arguments.pairs]:
+        about, thing, back = Concept.read(who), f"<{who}>", f"<{colour}>"
+        images, caption = pictures_of(who, colour), f"a photo of {thing} on a {back} background"
+        together = by_concept([thing, thing, back, back], images, [], [caption], "object")
+        same = [Learned(thing, images, [], [f"a photo of {thing}"])]
+        own, _, texts, _ = bench._load_folder(about.folder / "train", 0, False)
+        elsewhere = bench.dataset(about, "heldout", TrainConfig(trigger=thing))
+        shown, said = others_on(colour, back)
+        behind = make_dataset(bench.model.encode_images, shown, [], said, TrainConfig(trigger=back))
         for seed in arguments.seeds:
-            both, single = learned(bench, together, classes, seed), learned(bench, alone, classes, seed)
-            for one, word in zip(known, words, strict=True):
-                cells = [
-                    f"{identity(bench, one, last[word], word):.2f} | {last[word].number}" for last in (both, single)
-                ]
-                lines.append(f"| {' and '.join(pair)} | {seed} | {word} | {' | '.join(cells)} |")
-                print(lines[-1], flush=True)
+            both = learned(bench, together, [about.initializer, near], seed)
+            alone = [learned(bench, one, [about.initializer], seed) for one in (same, [Learned(thing, own, [], texts)])]
+            cells = [identity(last[thing], elsewhere, about.initializer) for last in (both, *alone)]
+            lines.append(f"| {who}, {colour} | {seed} | {thing} | {' | '.join(cells)} |")
+            lines.append(f"| {who}, {colour} | {seed} | {back} | {identity(both[back], behind, near)} | | |")
+            print("\n".join(lines[-2:]), flush=True)
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "report.md").write_text("\n".join(lines) + "\n")
+    (OUT / "report.md").write_text("Identity, and in brackets the steps.\n\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
