@@ -176,9 +176,13 @@ class ComfyServer:
         both = {"unload_models": True, "free_memory": True}
         self.http.post(f"{self.url}/free", json=both, timeout=60).raise_for_status()
 
+    def processes(self) -> list[psutil.Process]:
+        """ComfyUI and whatever it has started."""
+        return psutil.Process(self._process.pid).children(recursive=True)
+
     def kill(self) -> None:
         """End the server as a power failure would, in the middle of whatever it does."""
-        for process in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
+        for process in [*self.processes(), self._process]:
             process.kill()
         self._process.wait()
 
@@ -192,7 +196,7 @@ class ComfyServer:
         process: subprocess.Popen[bytes] | None = getattr(self, "_process", None)
         if process is not None and process.poll() is None:
             # ComfyUI first: comfy-cli then sees it end, and nothing is left without a parent.
-            children = psutil.Process(process.pid).children(recursive=True)
+            children = self.processes()
             for child in children:
                 child.terminate()
             for child in psutil.wait_procs(children, timeout=STOP_SECONDS)[1]:

@@ -45,6 +45,7 @@ from .live import LiveRun, thinned
 from .state_file import StateFile
 
 NO_PICTURE = torch.zeros(1, 64, 64, 3)  # the output of a run whose previews failed
+MOST_PREVIEWS = 50  # that are drawn as often as asked for; then half as often, for they stay in memory
 SAVE_EVERY = 10  # steps between writes of the state, which take a millisecond each
 
 
@@ -119,6 +120,11 @@ def search_progress(live: LiveRun) -> Callable[[int, int], None]:
         bars[0].update_absolute(done)  # raises ComfyUI's interrupt
 
     return show
+
+
+def preview_interval(every: int, drawn: int) -> int:
+    """Steps between previews: twice as many after each ``MOST_PREVIEWS``, so that a run has a few hundred at most."""
+    return every * 2 ** (drawn // MOST_PREVIEWS)
 
 
 @dataclass
@@ -385,7 +391,7 @@ class TrainingRun:
         return pressed
 
     def preview_is_due(self, step: Step) -> bool:
-        every = self.request.preview.preview_every
+        every = preview_interval(self.request.preview.preview_every, len(self.pictures))
         wanted = every > 0 and step.number % every == 0 and not self.preview_failed
         return wanted and not self.is_last(step)  # that is drawn as the result anyway
 
@@ -406,6 +412,8 @@ class TrainingRun:
             pictures = [model.generate(prompt, embedding, *sampling) for prompt in prompts]
             self.pictures.append(torch.cat(pictures, dim=2))
             self.preview_failed = False
+            if len(self.pictures) == MOST_PREVIEWS and preview.preview_every:
+                self.notes.add(f"Previews stay in memory, so after {MOST_PREVIEWS} of them fewer are drawn.")
         if not self.preview_failed:
             self.live.pictured[number] = described(embedding, number, self.config, self.request.base_model)
             with self.notes.side_job("The preview cannot be shown"):

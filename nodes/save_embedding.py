@@ -3,7 +3,7 @@ from pathlib import Path
 from comfy_api.latest import io
 from PIL import Image
 
-from ..textual_inversion import formats
+from ..textual_inversion import UserError, formats
 from ..textual_inversion.pictures import to_pillow
 from .files import check_overwrite, embeddings_folder, is_taken
 from .sockets import CATEGORY, EmbeddingSocket
@@ -46,6 +46,15 @@ class SaveEmbedding(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="prompt", tooltip="embedding:NAME, for use in any prompt.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, name) -> bool | str:
+        """Says before training what is wrong with a name; one that is connected is checked later."""
+        try:
+            formats.file_name((name or "").strip() or "embedding")
+        except UserError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, embedding, name, overwrite, format: formats.FormatName = "comfyui", picture=None) -> io.NodeOutput:

@@ -55,7 +55,7 @@ def test_the_list_is_what_the_node_loads(server, folder):
     turned = Image.Exif()
     turned[0x0112] = 6
     (folder / "turned.jpg").write_bytes(picture("JPEG", exif=turned.tobytes()))
-    Image.new("RGBA", (48, 32), (0, 0, 0, 0)).save(folder / "hole.png")
+    Image.new("RGBA", (48, 32), (0, 0, 0, 64)).save(folder / "hole.png")
     (folder / "hole.txt").write_text("\ufeffgroße Lücke\n", encoding="utf-8")
     (folder / "notes.md").write_text("no picture")
     answer = ask(server, PICTURES, folder="listed").json()

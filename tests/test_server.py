@@ -11,14 +11,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 import websocket
 from families import NAMED, build
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from ti_pack.nodes.live import EVENT, Record  # pyright: ignore[reportMissingImports]  made by conftest.py
+from ti_pack.nodes.training_run import preview_interval  # pyright: ignore[reportMissingImports]
 
-from dev.comfyui_server import ComfyServer
+from dev.comfyui_server import ComfyError, ComfyServer
 from dev.in_process import ROOT
 from textual_inversion.picture_files import NOTHING_OPAQUE
 
@@ -554,6 +556,18 @@ def test_a_preview_prompt_that_does_not_show_the_word_is_told_before_training(se
     assert told in report_of(run)
 
 
+@pytest.mark.parametrize("name", ["../up", "nul", "a//b", "x" * 300])
+def test_a_name_that_no_file_can_have_is_told_before_training(server, name):
+    save_file({"clip_l": torch.ones(1, 32)}, server.base / "models/embeddings/there.safetensors")
+    try:
+        graph = {"load": node("TI_LoadEmbedding", file="there.safetensors")}
+        graph["save"] = node("TI_SaveEmbedding", embedding=["load", 0], name=name, overwrite=False)
+        with pytest.raises(ComfyError, match="cannot be the name of a file"):  # when it is queued
+            server.submit(graph)
+    finally:
+        (server.base / "models/embeddings/there.safetensors").unlink()
+
+
 def test_batch_of_images_and_one_caption(server):
     """Core's nodes give batches; a caption may come as one text for all."""
     graph = learning_graph(seed=61)
@@ -713,6 +727,17 @@ def test_a_preview_that_fails_costs_no_result(server, every, error, told):
     assert told in report_of(run)
     assert run.history["outputs"]["save"]["text"]
     assert any(told in event["data"]["message"] for event in run.events if event["type"] == "textual_inversion.run")
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "least", "most"), [(50, 2500, 50, 50), (50, 3000, 55, 55), (1, 10**5, 200, 600)]
+)
+def test_many_previews_get_fewer(every, steps, least, most):
+    """They are in memory until the run ends: as many as are asked for first, and a few hundred in the longest run."""
+    drawn = 0
+    for step in range(steps):
+        drawn += step % preview_interval(every, drawn) == 0
+    assert least <= drawn <= most
 
 
 @pytest.mark.parametrize("folder", ["user/__textual_inversion", "temp/textual_inversion", "both"])
