@@ -17,8 +17,8 @@ from families import NAMED, build
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from ti_pack.nodes.concept_run import preview_interval  # pyright: ignore[reportMissingImports]
 from ti_pack.nodes.live import EVENT, Record  # pyright: ignore[reportMissingImports]  made by conftest.py
-from ti_pack.nodes.training_run import preview_interval  # pyright: ignore[reportMissingImports]
 
 from dev.comfyui_server import ComfyError, ComfyServer
 from dev.in_process import ROOT
