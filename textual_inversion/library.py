@@ -3,7 +3,7 @@
 import logging
 import re
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -112,11 +112,16 @@ def unknown_words(words: Sequence[str], captions: Sequence[str]) -> list[str]:
 
 
 def linked(concepts: Sequence[Concept]) -> list[list[int]]:
-    """The numbers of the concepts in groups: those that captions name together learn at the same time."""
+    """The numbers of the concepts in groups: those that captions name together learn at the same time.
+
+    What captions name beside these concepts links nothing.
+    """
     numbers = {concept.trigger: number for number, concept in enumerate(concepts)}
     groups = [{number} for number in range(len(concepts))]
     for number, concept in enumerate(concepts):
         for other in concept.beside:
+            if other not in numbers:
+                continue
             one, two = groups[number], groups[numbers[other]]
             if one is not two:
                 one |= two
@@ -149,7 +154,12 @@ News = tuple[Run, Step | Exception]
 
 
 def learn_together(
-    model: TrainableModel, runs: Sequence[Run], at_once: int = 0, processes: Processes = ALONE
+    model: TrainableModel,
+    runs: Sequence[Run],
+    at_once: int = 0,
+    processes: Processes = ALONE,
+    known: Mapping[str, Embedding] | None = None,
+    after_round: Callable[[list[Run]], None] = lambda learning: None,
 ) -> Generator[News[Run], Reply, None]:
     """Learns many concepts, ``at_once`` of them at a time: where one ends, the next begins.
 
@@ -157,6 +167,9 @@ def learn_together(
     as many concepts. 0: as many as memory has room for, at most 8; one after the other on a CPU. Where memory runs
     out, half as many. An error (UserError, TrainingError, TrainingStopped) of one concept is yielded in the place of
     its next step and ends only that one.
+
+    ``known`` are the vectors of concepts that captions name and that have been learned before. ``after_round`` is
+    called with the runs that go on whenever each of them has done its step: their last ``Step``s belong together.
     """
     waiting = iter(linked([run.concept for run in runs]))
     active: list[_Active[Run]] = []
@@ -164,11 +177,11 @@ def learn_together(
         while len(active) < max(1, at_once) and (numbers := next(waiting, None)) is not None:
             group, starts = [runs[number] for number in numbers], {}
             for run in group:
-                one = _Active(run, _learner(model, run, group, starts, processes))
+                one = _Active(run, _learner(model, run, group, starts, processes, known or {}))
                 yield from one.advance(None)
                 active += [one] if one.share else []
             if active and not at_once:
-                at_once = concepts_that_fit(model, active[0].share)
+                at_once = processes.least(concepts_that_fit(model, active[0].share))
         if not active:
             return
         queue = list(active)
@@ -183,6 +196,7 @@ def learn_together(
             for one, loss in zip(chunk, losses, strict=True):
                 yield from one.advance(loss)
         active = [one for one in active if one.share]
+        after_round([one.run for one in active])
 
 
 @dataclass
@@ -217,7 +231,7 @@ def _losses(
         with out_of_memory_explained(shares[0].number) if len(shares) == 1 else nullcontext():
             return compute_gradients(model, *shares, processes=processes)
     except (TrainingError, TrainingStopped) as error:
-        return [error]
+        return [error] * len(shares)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -243,15 +257,20 @@ class _Start:
 
 
 def _learner(
-    model: TrainableModel, run: ConceptRun, group: Sequence[ConceptRun], starts: dict[str, _Start], processes: Processes
+    model: TrainableModel,
+    run: ConceptRun,
+    group: Sequence[ConceptRun],
+    starts: dict[str, _Start],
+    processes: Processes,
+    known: Mapping[str, Embedding],
 ) -> Learner:
     """``learn`` for one of a group of concepts that learn at the same time; ``starts`` is theirs, empty at first."""
-    if not starts:  # each is used beside the others, so all begin before one learns
-        for member in group:
+    for member in group:  # each is used beside the others, so all begin before one learns
+        if member.concept.trigger not in starts:
             embedding, config = member.begin(resume=member.saved is not None)
             starts[member.concept.trigger] = _Start(embedding, config, embedding.snapshot())
     start = starts[run.concept.trigger]
-    beside = [starts[trigger].average for trigger in run.concept.beside]
+    beside = [starts[word].average if word in starts else known[word] for word in run.concept.beside]
 
     def learner(saved: dict[str, Any] | None) -> Learner:
         embedding = start.embedding.trainable()
