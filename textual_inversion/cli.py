@@ -52,9 +52,12 @@ class Pipeline:
     """Precision of the model; the vectors are always float32. automatic: bfloat16 on a card that computes in it,
     float16 on an older one, float32 elsewhere."""
 
-    def load(self, gradient_checkpointing: bool = False) -> "DiffusersModel":
-        from .adapters.diffusers_pipeline import DiffusersModel  # seconds, and only drawing and training need it
+    def load(self, gradient_checkpointing: bool = False, quiet: bool = False) -> "DiffusersModel":
+        # Takes seconds, and only drawing and training need it.
+        from .adapters.diffusers_pipeline import DiffusersModel, load_quietly
 
+        if quiet:
+            load_quietly()
         device = usable_device(processes.own_card(self.device))
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
@@ -100,7 +103,7 @@ def train_command(
         existing: Of a library: skip concepts whose file is there already, or learn them again and replace it.
     """
     with processes.joined() as together:
-        load = partial(pipeline.load, settings.gradient_checkpointing)
+        load = partial(pipeline.load, settings.gradient_checkpointing, quiet=together.rank > 0)
         order = Order(load, pipeline.model.name, images, settings, output, format, existing)
         code = train_order(order, together)
     if code:

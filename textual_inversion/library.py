@@ -190,7 +190,7 @@ def learn_together(
             losses = _losses(model, chunk, processes)
             if losses is None:
                 at_once = len(chunk) // 2
-                logger.info("Textual inversion: memory is short, so %d concepts learn at the same time.", at_once)
+                logger.warning("Textual inversion: memory is short, so %d concepts learn at the same time.", at_once)
                 continue
             queue = queue[len(chunk) :]
             for one, loss in zip(chunk, losses, strict=True):

@@ -337,6 +337,7 @@ class Run:
             if others or word.last is None:
                 raise
             word.problem = f"Interrupted in step {word.last.number + 1}."
+        bar.close()
         self._close([word for word in self.words if not word.is_closed])
 
     def _take(self, word: Word, news: Step | Exception, bar: "Bar") -> Reply:
@@ -348,8 +349,11 @@ class Run:
             if not isinstance(news, TrainingStopped):
                 word.last = None
             return None
-        if word.last is None and news.number:
-            bar.tell(f"{word.concept.trigger} goes on after step {news.number}.")
+        if word.last is None:
+            if news.number:
+                bar.tell(f"{word.concept.trigger} goes on after step {news.number}.")
+            if self.plan.is_library:  # what a step takes is said once
+                logging.getLogger(__package__).setLevel(logging.WARNING)
         elif word.last is not None and news.number > word.last.number:
             bar.show(word, news)
         word.last = news
@@ -501,7 +505,8 @@ class Bar:
     def show(self, word: Word, step: Step) -> None:
         words = self._run.words
         if self._bar is None:
-            self._bar = tqdm(unit="step", desc=word.config.trigger, disable=self._run.together.rank > 0)
+            quiet = self._run.together.rank > 0
+            self._bar = tqdm(unit="step", desc=word.config.trigger, total=word.config.steps, disable=quiet)
         self._planned[word.concept.trigger] = max(step.number, earliest_end(step.progress, word.config))
         self._bar.total = round(sum(self._planned.values()) / len(self._planned) * len(words))
         if len(words) > 1:
