@@ -40,13 +40,9 @@ MAIN_FIELDS = (
     "preview_every",
 )
 FOLDED_FIELDS = {"editability", "size", "seed", "gradient_checkpointing"}  # behind "Show advanced inputs"
-ADDED_LATER = {
-    "preview_negative",
-    "preview_sampler",
-    "preview_scheduler",
-    "concepts_at_once",
-}  # optional: older API graphs lack them
-RARE_FIELDS = tuple(name for name in _FIELDS if name not in MAIN_FIELDS)
+# Optional: older API graphs lack them. In the order in which they came, since workflows save values by their place.
+ADDED_LATER = ("preview_negative", "preview_sampler", "preview_scheduler", "concepts_at_once")
+RARE_FIELDS = (*(name for name in _FIELDS if name not in (*MAIN_FIELDS, *ADDED_LATER)), *ADDED_LATER)
 
 
 def widget(name: str) -> io.Input:

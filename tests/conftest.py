@@ -16,6 +16,7 @@ from dev.comfyui_server import ComfyServer
 from dev.get_browser import MISSING, browser_path
 from dev.get_comfyui import newest_front_end
 from dev.in_process import ROOT, import_comfyui, import_pack
+from toy_model.networks import pipeline_from_checkpoint
 
 _base = tempfile.TemporaryDirectory(prefix="comfyui-tests-")
 TEST_PACK = ROOT / "tests/comfyui_pack"
@@ -53,6 +54,14 @@ class Interface(NamedTuple):
 
     server: ComfyServer
     renderer: str
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory) -> Path:
+    """The demo model as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("toy")
+    pipeline_from_checkpoint(ROOT / "demo/models/toy.safetensors").save_pretrained(folder)
+    return folder
 
 
 class Graph(NamedTuple):

@@ -17,18 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from textual_inversion import TrainConfig, formats
 from textual_inversion.config import field_help
-from toy_model.networks import pipeline_from_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "demo/concepts/heart/train"
 COMMAND = [sys.executable, "-m", "textual_inversion"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("toy")
-    pipeline_from_checkpoint(ROOT / "demo/models/toy.safetensors").save_pretrained(folder)
-    return folder
+@pytest.fixture
+def model(toy_folder) -> Path:
+    return toy_folder
 
 
 def call(*arguments, folder: Path) -> subprocess.CompletedProcess:

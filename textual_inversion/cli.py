@@ -4,34 +4,27 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
 from PIL import Image
-from tqdm import tqdm
 
-from . import formats, inspection
-from .adapters.protocol import TrainableModel
+from . import formats, inspection, processes
 from .config import TrainConfig
-from .dataset import GRID, Dataset, make_dataset
+from .console import print_files, say, target
+from .dataset import GRID
 from .devices import fastest_dtype, usable_device
 from .embedding import Embedding
-from .errors import TrainingError, TrainingStopped, UserError
+from .errors import ProcessEnded, TrainingError, UserError
 from .formats import FormatName
-from .initializer import with_initializer
-from .optimizers import check_settings
-from .pictures import load_folder, to_pillow
-from .prompts import check_trigger, place_trigger
-from .report import learned_embedding, more_steps, report
-from .training import Step, check_prompts, earliest_end, train
-from .vocabulary import initial_embedding
+from .pictures import to_pillow
+from .prompts import place_trigger
+from .train_command import Existing, Order, train_order
 
 if TYPE_CHECKING:
     from .adapters.diffusers_pipeline import DiffusersModel
@@ -59,10 +52,15 @@ class Pipeline:
     """Precision of the model; the vectors are always float32. automatic: bfloat16 on a card that computes in it,
     float16 on an older one, float32 elsewhere."""
 
-    def load(self, gradient_checkpointing: bool = False) -> "DiffusersModel":
-        from .adapters.diffusers_pipeline import DiffusersModel  # seconds, and only drawing and training need it
+    def load(self, gradient_checkpointing: bool = False, quiet: bool = False) -> "DiffusersModel":
+        # Takes seconds, and only drawing and training need it.
+        from .adapters.diffusers_pipeline import DiffusersModel, load_quietly
 
-        device = usable_device(self.device)
+        if quiet:
+            load_quietly()
+        device = usable_device(processes.own_card(self.device))
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         dtype = fastest_dtype(device) if self.dtype == "automatic" else getattr(torch, self.dtype)
         return DiffusersModel.load(self.model, self.config, dtype, device, gradient_checkpointing)
 
@@ -82,119 +80,34 @@ def train_command(
     settings: tyro.conf.OmitArgPrefixes[Settings],
     output: Path | None = None,
     format: FormatName = "comfyui",
+    existing: Existing = "skip",
 ) -> None:
-    """Train an embedding on a folder of pictures.
+    """Train an embedding on a folder of pictures, or one for each folder of a library.
 
     Captions are read from NAME.txt beside NAME.png. Training ends by itself when there is nothing more to learn.
-    Ctrl-C stops after the step that runs and keeps the best vectors so far.
+    Ctrl-C stops after the step that runs and keeps the best vectors so far. A folder of folders is a library: each
+    folder is a concept and names its word, <cat> for cat/; captions may name the words of others. After a kill or
+    Ctrl-C the same command goes on where it was. torchrun and accelerate launch start it in many processes: they
+    share out the concepts, or where there are fewer, the pictures of every batch.
 
     Example: python -m textual_inversion train --model sd15/ --images cat/ --token "<my-cat>" --init cat
 
+    Example: torchrun --nproc-per-node 8 -m textual_inversion train --model sd15/ --images library/ --output words/
+
     Args:
-        images: Folder of 3 to 5 pictures.
+        images: Folder of 3 to 5 pictures, or of such folders.
         output: The file to write, or a folder that is there; the format decides the suffix. Default: the trigger
-            word. An existing file is never overwritten: the next one is called NAME-2.
+            word. An existing file is never overwritten: the next one is called NAME-2. Of a library: the folder of
+            the files, by default LIBRARY-embeddings.
         format: The tool that will read the file. comfyui also works for A1111, Forge, kohya and InvokeAI.
+        existing: Of a library: skip concepts whose file is there already, or learn them again and replace it.
     """
-    check_trigger(settings.trigger)
-    check_settings(settings)
-    folder, name = _target(output, settings.trigger)
-    pictures, masks, captions, left_out = load_folder(images, 0)
-    for file in left_out:
-        _say(f"Left out {file.name}: {file.reason}.")
-    model = pipeline.load(settings.gradient_checkpointing)
-    dataset = make_dataset(model.encode_images, pictures, masks, captions, settings)
-    with model.training() as trainable:
-        start = initial_embedding(trainable.vocabularies(), settings.trigger, settings.initializer, settings.vectors)
-        check_prompts(trainable, start, dataset, settings)
-        _check_writable(start, folder, name, format)
-        config = _with_initializer(trainable, dataset, settings)
-        start = initial_embedding(trainable.vocabularies(), config.trigger, config.initializer, config.vectors)
-        with StopSignals() as stop:
-            step, ended = _follow(train(trainable, start.trainable(), dataset, config), config, stop)
-        learned = learned_embedding(step, config, pipeline.model.name)
-        _print_files(_keep(learned, folder, name, format), learned, format)
-        _say(report(trainable, dataset, config, start, step, repr(config.initializer), ended))
-    if stop.code:
-        sys.exit(stop.code)
-
-
-def _check_writable(start: Embedding, folder: Path, name: str, format: FormatName) -> None:
-    """Writes the initial vectors in ``folder`` and removes them: a format or a folder that fails does so now."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as temporary:
-            formats.write_new(start, Path(temporary), name, format)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another --output.") from error
-
-
-def _keep(embedding: Embedding, folder: Path, name: str, format: FormatName) -> list[Path]:
-    """Writes the result to ``folder``, or where that fails now to the next one that takes it."""
-    folders = [folder, Path(), Path(gettempdir())]
-    for number, place in enumerate(folders, 1):
-        try:
-            return formats.write_new(embedding, place, name, format)
-        except OSError as error:
-            _say(f"{place.resolve()} cannot be written to ({error.strerror}).")
-            if number == len(folders):
-                raise
-    raise AssertionError("the last folder returns or raises")
-
-
-def _with_initializer(model: TrainableModel, dataset: Dataset, settings: TrainConfig) -> TrainConfig:
-    if settings.initializer:
-        return settings
-    with tqdm(desc="looking for a word to start from") as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return with_initializer(model, dataset, settings, show)
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM end training after the step that runs; the same once more ends the program."""
-
-    def __init__(self) -> None:
-        self.code = 0
-        """Exit code of a program that the signal ends; 0 while none came."""
-
-    def __enter__(self) -> "StopSignals":
-        # One that is ignored, as Ctrl-C is in the background of a shell script, stays so.
-        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._stop) for number in heard}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.code = 128 + number
-        _say("Ending after this step.")
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _follow(steps: Generator[Step, bool | None], config: TrainConfig, stop: StopSignals) -> tuple[Step, str]:
-    """The last good step, and what ended training where somebody or an error did."""
-    step = next(steps)
-    try:
-        with tqdm(total=config.steps, unit="step", desc=config.trigger) as bar:
-            for step in steps:
-                bar.total = max(step.number, earliest_end(step.progress, config))
-                bar.update()
-                bar.set_postfix_str(f"fixed loss {step.best_loss:.4f} at step {step.best_step}")
-                if stop.code:
-                    step = steps.send(True)
-                    return step, f"Interrupted at step {step.number}. {more_steps(step.progress, config)}"
-    except TrainingStopped as error:
-        return step, str(error)
-    except KeyboardInterrupt:  # the second one
-        return step, f"Interrupted in step {step.number + 1}."
-    return step, ""
+    with processes.joined() as together:
+        load = partial(pipeline.load, settings.gradient_checkpointing, quiet=together.rank > 0)
+        order = Order(load, pipeline.model.name, images, settings, output, format, existing)
+        code = train_order(order, together)
+    if code:
+        sys.exit(code)
 
 
 @app.command
@@ -230,9 +143,9 @@ def convert(
         picture: The picture of a PNG card.
     """
     embedding = _read(file, partner, trigger)
-    folder, name = _target(output or file, file.name)
+    folder, name = target(output or file, file.name)
     shown = Image.open(picture).convert("RGB") if picture else None
-    _print_files(formats.write_new(embedding, folder, name, to, shown), embedding, to)
+    print_files(formats.write_new(embedding, folder, name, to, shown), embedding, to)
 
 
 @app.command
@@ -267,29 +180,8 @@ def generate(
     print(output)
 
 
-def _target(output: Path | None, name: str) -> tuple[Path, str]:
-    """Folder and name of a new file: ``name`` where ``output`` is a folder or not given.
-
-    Raises UserError for a name that ComfyUI's embedding:NAME could not have.
-    """
-    if output is None or output.is_dir():
-        return output or Path(), formats.file_name(name)
-    return output.parent, formats.file_name(output.name)
-
-
-def _print_files(files: list[Path], embedding: Embedding, format: FormatName) -> None:
-    for path in files:
-        print(path)
-    if hint := formats.prompt_hint(embedding, format):
-        _say(hint)
-
-
 def _read(file: Path, partner: Path | None, trigger: str) -> Embedding:
     return formats.read_pair(file, partner) if partner else formats.read(file, trigger)
-
-
-def _say(text: str) -> None:
-    print(text.strip(), file=sys.stderr)
 
 
 def main() -> None:
@@ -302,10 +194,13 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ProcessEnded as error:
+        say(f"error: {error} What was saved is there: run the same command again to go on.")
+        sys.exit(1)
     except (UserError, TrainingError, OSError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         with suppress(BrokenPipeError):
-            _say("Interrupted.")
+            say("Interrupted.")
         sys.exit(INTERRUPTED)

@@ -23,14 +23,14 @@ def load_concepts(folder: Path, size: int, square: bool = False, roots: Sequence
     The other parameters are those of ``load_folder``. A folder without pictures, or whose name makes no trigger word
     or that of another one, is left out; so are folders beside pictures. Raises UserError when no picture is left.
     """
-    inside = folders_inside(folder, roots)
-    if not inside or folder_files(folder, roots).pictures:
+    if not is_library(folder, roots):
         loaded = load_folder(folder, size, square, roots)
-        beside = [LeftOut(f"{one.name}/", "it is a folder beside pictures: only these are read") for one in inside]
-        loaded.left_out.extend(beside)
+        for one in folders_inside(folder, roots):
+            loaded.left_out.append(LeftOut(f"{one.name}/", "it is a folder beside pictures: only these are read"))
         return Loaded(loaded, [trigger_of(folder)] * len(loaded.images))
     images, masks, captions, left_out, triggers = [], [], [], [], []
     known: dict[str, str] = {}
+    inside = folders_inside(folder, roots)
     for one in inside:
         try:
             check_trigger(word := trigger_of(one))
@@ -52,6 +52,11 @@ def load_concepts(folder: Path, size: int, square: bool = False, roots: Sequence
             f"first because {left_out[0].reason}"
         )
     return Loaded(Pictures(images, masks, captions, left_out), triggers)
+
+
+def is_library(folder: Path, roots: Sequence[Path] = ()) -> bool:
+    """Whether ``folder`` holds folders of pictures, and no pictures itself. Raises UserError as ``folder_files``."""
+    return not folder_files(folder, roots).pictures and bool(folders_inside(folder, roots))
 
 
 def folders_inside(folder: Path, roots: Sequence[Path] = ()) -> list[Path]:

@@ -95,8 +95,8 @@ class TrainConfig:
     """Gradient accumulation: batches per optimizer step. Acts like a larger batch without using more memory."""
 
     concepts_at_once: int = bounded(0, 0, 64)
-    """Of several concepts: how many learn at the same time and share each pass through the model. 0: as many as the
-    card's memory holds, at most 8."""
+    """Of a library: concepts that learn at the same time and share each pass. 0: as many as memory has room for, at
+    most 8; one on a CPU."""
 
     flip_probability: float = bounded(0.0, 0.0, 1.0, 0.05)
     """Probability of mirroring a picture. Leave it at 0 for faces, text and anything with a left and a right."""

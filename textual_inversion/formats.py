@@ -421,9 +421,15 @@ def _are_pair(first: Path, second: Path) -> bool:
         return False
 
 
+def find(folder: Path, name: str) -> Path | None:
+    """The embedding in ``folder`` that has this name. The suffix is not part of ``embedding:NAME``."""
+    files = [path for suffix in STOCK_SUFFIXES if (path := folder / f"{name}{suffix}").exists()]
+    card = folder / f"{name}.png"
+    return files[0] if files else card if is_card(card) else None
+
+
 def _is_in(folder: Path, name: str) -> bool:
-    """Whether an embedding in ``folder`` has this name. The suffix is not part of ``embedding:NAME``."""
-    return any((folder / f"{name}{suffix}").exists() for suffix in STOCK_SUFFIXES) or is_card(folder / f"{name}.png")
+    return find(folder, name) is not None
 
 
 def is_card(path: Path) -> bool:

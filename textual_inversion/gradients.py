@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .adapters.protocol import TrainableModel
 from .dataset import Batch
+from .devices import is_out_of_memory
 from .embedding import Embedding
 from .image_tokens import TrainedTokens
 from .memory import with_checkpointing_if_out_of_memory
@@ -68,11 +69,19 @@ def _accumulate(model: TrainableModel, shares: Sequence[Share], processes: Proce
     for share in shares:
         for vectors in share.tokens.parameters():
             vectors.grad = None
-    losses = [0.0] * len(shares)
-    for parts in _passes(shares, processes):
-        for number, loss in _backward(model, parts):
-            losses[number] += loss
-    return processes.add(losses, [share.tokens.parameters() for share in shares])
+    losses, full = [0.0] * len(shares), None
+    try:
+        for parts in _passes(shares, processes):
+            for number, loss in _backward(model, parts):
+                losses[number] += loss
+    except Exception as error:
+        if processes.count == 1 or not is_out_of_memory(error):
+            raise
+        full = str(error)  # the others are told with the sums, since all have to do with less memory then
+    *losses, out = processes.add([*losses, float(full is not None)], [share.tokens.parameters() for share in shares])
+    if out:
+        raise MemoryError(full or "another process is out of memory")
+    return losses
 
 
 @dataclass(frozen=True)
@@ -91,11 +100,15 @@ def _passes(shares: Sequence[Share], processes: Processes) -> Iterator[list[Part
     """Every batch of every share, as far as this process computes it; a pass holds one shape."""
     for turn in range(max(len(share.batches) for share in shares)):
         by_shape: dict[torch.Size, list[Part]] = {}
+        before = 0
         for number, share in enumerate(shares):
             batch = share.batches[turn] if turn < len(share.batches) else None
-            if batch is not None and (mine := processes.rows_of(batch)) is not None:
+            if batch is None:
+                continue
+            if (mine := processes.rows_of(batch, before)) is not None:
                 weight = len(mine.prompts) / len(batch.prompts) / len(share.batches)
                 by_shape.setdefault(mine.latents.shape[1:], []).append(Part(number, share, mine, weight))
+            before += len(batch.prompts)
         yield from by_shape.values()
 
 

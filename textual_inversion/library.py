@@ -3,7 +3,7 @@
 import logging
 import re
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -115,12 +115,15 @@ def unknown_words(words: Sequence[str], captions: Sequence[str]) -> list[str]:
 
 
 def linked(concepts: Sequence[Concept]) -> list[list[int]]:
-    """The numbers of the concepts in groups: those that captions name together learn at the same time."""
+    """The numbers of the concepts in groups: those that captions name together learn at the same time.
+
+    What captions name beside these concepts links nothing.
+    """
     numbers = {concept.trigger: number for number, concept in enumerate(concepts)}
     groups = [{number} for number in range(len(concepts))]
     for number, concept in enumerate(concepts):
         for other in concept.beside:
-            if other not in numbers:  # it cannot be learned: its word stays text
+            if other not in numbers:  # it cannot be learned, or has been: see ``known`` of ``learn_together``
                 continue
             one, two = groups[number], groups[numbers[other]]
             if one is not two:
@@ -157,7 +160,12 @@ News = tuple[Run, Step | Exception]
 
 
 def learn_together(
-    model: TrainableModel, runs: Sequence[Run], at_once: int = 0, processes: Processes = ALONE
+    model: TrainableModel,
+    runs: Sequence[Run],
+    at_once: int = 0,
+    processes: Processes = ALONE,
+    known: Mapping[str, Embedding] | None = None,
+    after_round: Callable[[list[Run]], None] = lambda learning: None,
 ) -> Generator[News[Run], Reply, None]:
     """Learns many concepts, ``at_once`` of them at a time: where one ends, the next begins.
 
@@ -165,6 +173,9 @@ def learn_together(
     as many concepts. 0: as many as memory has room for, at most 8; one after the other on a CPU. Where memory runs
     out, half as many. An error (UserError, TrainingError, TrainingStopped) of one concept is yielded in the place of
     its next step and ends only that one.
+
+    ``known`` are the vectors of concepts that captions name and that have been learned before. ``after_round`` is
+    called with the runs that go on whenever each of them has done its step: their last ``Step``s belong together.
     """
     waiting = iter(linked([run.concept for run in runs]))
     active: list[_Active[Run]] = []
@@ -172,11 +183,11 @@ def learn_together(
         while len(active) < max(1, at_once) and (numbers := next(waiting, None)) is not None:
             group, starts = [runs[number] for number in numbers], {}
             for run in group:
-                one = _Active(run, _learner(model, run, group, starts, processes))
+                one = _Active(run, _learner(model, run, group, starts, processes, known or {}))
                 yield from one.advance(None)
                 active += [one] if one.share else []
             if active and not at_once:
-                at_once = concepts_that_fit(model, active[0].share)
+                at_once = processes.least(concepts_that_fit(model, active[0].share))
         if not active:
             return
         queue = list(active)
@@ -185,12 +196,13 @@ def learn_together(
             losses = _losses(model, chunk, processes)
             if losses is None:
                 at_once = len(chunk) // 2
-                logger.info("Textual inversion: memory is short, so %d concepts learn at the same time.", at_once)
+                logger.warning("Textual inversion: memory is short, so %d concepts learn at the same time.", at_once)
                 continue
             queue = queue[len(chunk) :]
             for one, loss in zip(chunk, losses, strict=True):
                 yield from one.advance(loss)
         active = [one for one in active if one.share]
+        after_round([one.run for one in active])
 
 
 @dataclass
@@ -225,7 +237,7 @@ def _losses(
         with out_of_memory_explained(shares[0].number) if len(shares) == 1 else nullcontext():
             return compute_gradients(model, *shares, processes=processes)
     except (TrainingError, TrainingStopped) as error:
-        return [error]
+        return [error] * len(shares)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -264,6 +276,7 @@ def _learner(
     group: Sequence[ConceptRun],
     starts: dict[str, _Start | UserError | TrainingError],
     processes: Processes,
+    known: Mapping[str, Embedding],
 ) -> Learner:
     """``learn`` for one of a group of concepts that learn at the same time; ``starts`` is theirs, empty at first."""
     if not starts:  # each is used beside the others, so all begin before one learns
@@ -271,9 +284,9 @@ def _learner(
     start = starts[run.concept.trigger]
     if isinstance(start, Exception):
         raise start
-    # One that cannot begin stays text in the captions of the others.
-    others = [starts.get(trigger) for trigger in run.concept.beside]
-    beside = [other.average for other in others if isinstance(other, _Start)]
+    averages = {word: other.average for word, other in starts.items() if isinstance(other, _Start)}
+    averages = {**known, **averages}  # one that cannot begin stays text in the captions of the others
+    beside = [averages[word] for word in run.concept.beside if word in averages]
 
     def learner(saved: dict[str, Any] | None) -> Learner:
         embedding = start.embedding.trainable()

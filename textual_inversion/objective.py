@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .adapters.protocol import TrainableModel
 from .dataset import Batch
-from .devices import to_device
+from .devices import is_out_of_memory, to_device
 from .embedding import Embedding
 from .processes import ALONE, Processes
 
@@ -56,12 +56,19 @@ def fixed_losses(
     model: TrainableModel, embeddings: Sequence[Embedding], batches: Sequence[Batch], processes: Processes = ALONE
 ) -> Tensor:
     """The loss of each row of several batches, on the CPU."""
-    losses = []
-    for batch in batches:
-        losses.append(torch.zeros(len(batch.prompts)))
-        if (mine := processes.rows_of(batch)) is not None:
-            losses[-1][processes.rank :: processes.count] = row_losses(model, embeddings, mine).cpu()
-    return processes.sum(torch.cat(losses))
+    losses, full = [torch.zeros(len(batch.prompts)) for batch in batches], torch.zeros(1)
+    try:
+        for batch, found in zip(batches, losses, strict=True):
+            if (mine := processes.rows_of(batch)) is not None:
+                found[processes.rank :: processes.count] = row_losses(model, embeddings, mine).cpu()
+    except Exception as error:
+        if processes.count == 1 or not is_out_of_memory(error):
+            raise
+        full.fill_(1)  # the others are told with the sums
+    sums = processes.sum(torch.cat([*losses, full]))
+    if sums[-1]:
+        raise MemoryError("a process is out of memory")
+    return sums[:-1]
 
 
 def mean_loss(model: TrainableModel, embeddings: Sequence[Embedding], batches: Sequence[Batch]) -> float:

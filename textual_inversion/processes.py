@@ -1,17 +1,24 @@
 """Several processes that learn together, started by torchrun, ``accelerate launch`` or a cluster's own launcher."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import TrainingError
+from .errors import ProcessEnded
 
 if TYPE_CHECKING:
     from .dataset import Batch
+
+T = TypeVar("T")
+# How long one waits for another that is alive: those that learn other concepts end at other times.
+LONGEST_WAIT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -25,11 +32,14 @@ class Processes:
     rank: int = 0
     count: int = 1
 
-    def rows_of(self, batch: "Batch") -> "Batch | None":
-        """The rows of a batch that this process computes; None where there are too few for all processes."""
+    def rows_of(self, batch: "Batch", before: int = 0) -> "Batch | None":
+        """The rows of a batch that this process computes; None where there are too few for all processes.
+
+        ``before`` rows of the same pass are dealt out already.
+        """
         if self.count == 1:
             return batch
-        rows = range(len(batch.prompts))[self.rank :: self.count]
+        rows = range(len(batch.prompts))[(self.rank - before) % self.count :: self.count]
         return batch.rows(list(rows)) if rows else None
 
     def add(self, losses: list[float], parameters: Sequence[Sequence[Tensor]]) -> list[float]:
@@ -54,17 +64,52 @@ class Processes:
         return bool(self.sum(torch.tensor([float(wanted)])).item())
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """The sum over all processes of a tensor on the CPU.
-
-        Raises TrainingError where another process has ended.
-        """
-        if self.count == 1:
-            return numbers
-        try:
-            dist.all_reduce(numbers)
-        except RuntimeError as error:
-            raise TrainingError("Another process of this run has ended, so this one ends too.") from error
+        """The sum over all processes of a tensor on the CPU. Raises ProcessEnded."""
+        if self.count > 1:
+            _ask(lambda: dist.all_reduce(numbers))
         return numbers
+
+    def least(self, number: int) -> int:
+        """The smallest of the numbers of all processes. Raises ProcessEnded."""
+        return min(self.gather(number))
+
+    def gather(self, thing: T) -> list[T]:
+        """What every process has, by rank. Raises ProcessEnded."""
+        if self.count == 1:
+            return [thing]
+        things: list[Any] = [None] * self.count
+        _ask(lambda: dist.all_gather_object(things, thing))
+        return things
 
 
 ALONE = Processes()
+
+
+def _ask(others: Callable[[], Any]) -> None:
+    try:
+        others()
+    except RuntimeError as error:
+        raise ProcessEnded("Another process of this run has ended, so this one ends too.") from error
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """All processes that one launcher has started, as its environment variables say: torchrun, ``accelerate launch``.
+
+    They talk by gloo, also where they compute on cards: what they tell each other are a few kilobytes on the CPU.
+    Raises ProcessEnded where they do not find each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    _ask(lambda: dist.init_process_group("gloo", timeout=LONGEST_WAIT))
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def own_card(device: str) -> str:
+    """``cuda:3`` of ``cuda`` for the fourth process that a launcher has started on this machine."""
+    number = os.environ.get("LOCAL_RANK")
+    return f"cuda:{number}" if device == "cuda" and number else device

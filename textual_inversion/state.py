@@ -158,9 +158,10 @@ def fingerprint(config: TrainConfig, texts: Iterable[str], tensors: Iterable[Ten
     """The same for the same settings, model's name, captions, pictures, masks and start, in every process.
 
     The number of steps counts only where the learning rate depends on it: otherwise a run that has reached it goes
-    on where it is raised.
+    on where it is raised. How many concepts share a pass changes nothing but how sums are rounded.
     """
     settings = saved_settings(config)
+    del settings["concepts_at_once"]
     if config.schedule != "cosine":
         del settings["steps"]
     digest = hashlib.sha256(json.dumps([RECIPE, settings, list(texts)]).encode())

@@ -16,8 +16,10 @@ from diffusers.loaders.single_file_utils import (
     fetch_diffusers_config,
     load_single_file_checkpoint,
 )
+from diffusers.utils.logging import disable_progress_bar
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
 from ..devices import is_out_of_memory
 from ..embedding import Embedding
@@ -65,6 +67,12 @@ def load_pipeline(path: Path, config: Path | None = None, dtype: torch.dtype = t
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path} cannot be loaded with the configs of {folder}: {reason}") from error
+
+
+def load_quietly() -> None:
+    """From now on no bars are shown while a pipeline is loaded."""
+    disable_progress_bar()
+    disable_transformers_progress_bar()
 
 
 def _supported(name: str) -> type[DiffusionPipeline]:
