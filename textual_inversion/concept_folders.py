@@ -6,8 +6,13 @@ from typing import NamedTuple
 
 from .errors import UserError
 from .formats import file_name
+from .picture_files import picture_info
 from .pictures import LeftOut, Pictures, folder_files, is_inside, load_folder
 from .prompts import check_trigger, usable_trigger
+
+
+BESIDE_PICTURES = "it is a folder beside pictures: only these are read"  # why it is left out
+BESIDE_FOLDERS = "it is no picture of a concept: put pictures into the folders"
 
 
 class Loaded(NamedTuple):
@@ -23,13 +28,13 @@ def load_concepts(folder: Path, size: int, square: bool = False, roots: Sequence
     The other parameters are those of ``load_folder``. A folder without pictures, or whose name makes no trigger word
     or that of another one, is left out; so are folders beside pictures. Raises UserError when no picture is left.
     """
-    inside = folders_inside(folder, roots)
-    if not inside or folder_files(folder, roots).pictures:
+    inside = concepts_inside(folder, roots)
+    if not inside:
         loaded = load_folder(folder, size, square, roots)
-        beside = [LeftOut(f"{one.name}/", "it is a folder beside pictures: only these are read") for one in inside]
-        loaded.left_out.extend(beside)
+        loaded.left_out.extend(LeftOut(f"{one.name}/", BESIDE_PICTURES) for one in folders_inside(folder, roots))
         return Loaded(loaded, [trigger_of(folder)] * len(loaded.images))
-    images, masks, captions, left_out, triggers = [], [], [], [], []
+    images, masks, captions, triggers = [], [], [], []
+    left_out = [LeftOut(file.name, BESIDE_FOLDERS) for file in folder_files(folder, roots).pictures]
     known: dict[str, str] = {}
     for one in inside:
         try:
@@ -52,6 +57,20 @@ def load_concepts(folder: Path, size: int, square: bool = False, roots: Sequence
             f"first because {left_out[0].reason}"
         )
     return Loaded(Pictures(images, masks, captions, left_out), triggers)
+
+
+def concepts_inside(folder: Path, roots: Sequence[Path] = ()) -> list[Path]:
+    """The folders in ``folder`` where each is a concept of its own, which they are not beside pictures."""
+    inside = folders_inside(folder, roots)
+    return [] if inside and any(_is_picture(file) for file in folder_files(folder, roots).pictures) else inside
+
+
+def _is_picture(file: Path) -> bool:
+    try:
+        picture_info(file)
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def folders_inside(folder: Path, roots: Sequence[Path] = ()) -> list[Path]:
