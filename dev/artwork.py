@@ -96,9 +96,8 @@ def thumbnails() -> None:
             saved = [str(node["id"]) for node in workflow["nodes"] if node["type"] == "SaveImage"]
             bodies = [server.http.get(address, timeout=60).content for node in saved for address in outputs[node]]
             drawn = [Image.open(io.BytesIO(body)).convert("RGB") for body in bodies]
-            if folder != "library":  # there they are in the order of the concepts
-                drawn = drawn[::-1]
-            in_rows([pictures, drawn] if pictures else [[picture] for picture in drawn]).save(
+            learned_below = drawn if folder == "library" else drawn[::-1]  # without the word, then with it
+            in_rows([pictures, learned_below] if pictures else [[picture] for picture in drawn]).save(
                 template.with_suffix(".jpg"), quality=85
             )
 

@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import websocket
 from families import NAMED, build
@@ -552,6 +553,21 @@ def test_a_preview_prompt_that_does_not_show_the_word_is_told_before_training(se
     messages = [event["data"] for event in run.events if event["type"] == "textual_inversion.run"]
     assert any(told in data["message"] for data in messages if data["state"] == "learning" and data["step"] == 0)
     assert told in report_of(run)
+
+
+def test_a_word_in_the_negative_prompt_is_shown_without_and_with_it(server):
+    graph = learning_graph(seed=94, preview_prompt="a cat")
+    graph["settings"]["inputs"]["preview_negative"] = "blurry, {}"
+    run = server.run(graph)
+    assert "Previews do not show" not in report_of(run)
+    shown = [server.http.get(f"{server.url}/view", params=file, timeout=60).content for file in
+             run.history["outputs"]["previews"]["images"]]  # fmt: skip
+    pairs = [np.split(np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")), 2, axis=1) for picture in shown]
+    assert len(pairs) == 3
+    for without, with_word in pairs:
+        assert without.shape == (64, 64, 3)
+        assert np.array_equal(without, pairs[0][0])
+        assert not np.array_equal(without, with_word)
 
 
 def test_batch_of_images_and_one_caption(server):

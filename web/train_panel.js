@@ -30,9 +30,11 @@ app.registerExtension({
   name: "textualinversion.TrainPanel",
 
   async setup() {
-    api.addEventListener(EVENT, ({ detail }) => keep(detail));
-    api.addEventListener("reconnected", askForRuns);
-    await askForRuns();
+    let asked = askForRuns();
+    const take = (record) => asked.then(() => keep(record), () => keep(record)); // what the answer says is older
+    api.addEventListener(EVENT, ({ detail }) => take(detail));
+    api.addEventListener("reconnected", () => (asked = askForRuns()));
+    await asked;
   },
 
   nodeCreated(node) {
