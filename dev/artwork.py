@@ -61,12 +61,13 @@ def banner() -> Image.Image:
     return page.convert("RGB").resize((1260, 540), Image.Resampling.LANCZOS)
 
 
-TEMPLATES = {  # and the concept that each of them learns for its thumbnail
+TEMPLATES = {  # and the concepts that each of them learns for its thumbnail
     "Train an embedding (SD1.5)": "heart",
     "Train an embedding (SDXL)": "star",
     "Train an embedding (Flux)": "moon",
     "Train a style (SD1.5)": "lagoon",
     "Train an embedding further": "heart",
+    "Learn a library (SD1.5)": "heart moon star",
     "Prompts with and without": "",
     "Inspect and blend": "",
 }
@@ -79,22 +80,24 @@ def thumbnails() -> None:
     concepts = ROOT / "demo/concepts"
     with ComfyServer() as server:
         shutil.copytree(ROOT / "demo/embeddings", server.base / "models/embeddings", dirs_exist_ok=True)
-        for name, concept in TEMPLATES.items():
+        for name, learned in TEMPLATES.items():
             template = ROOT / f"example_workflows/{name}.json"
             pictures: list[Image.Image] = []
-            if concept:
-                shutil.copytree(concepts / concept / "train", server.base / "input" / concept, dirs_exist_ok=True)
-                pictures = [
-                    Image.open(path).convert("RGB") for path in sorted((concepts / concept / "train").glob("*.png"))
-                ]
-            workflow = for_demo_model(template, concept, PROMPTS.get(concept, ""))
+            folder = "library" if " " in learned else learned
+            for concept in learned.split():
+                place = server.base / "input" / (f"library/{concept}" if folder == "library" else concept)
+                shutil.copytree(concepts / concept / "train", place, dirs_exist_ok=True)
+                files = sorted(place.glob("*.png"))[: 2 if folder == "library" else None]
+                pictures += [Image.open(path).convert("RGB") for path in files]
+            workflow = for_demo_model(template, folder, PROMPTS.get(folder, ""))
             path = server.base / "workflow.json"
             path.write_text(json.dumps(workflow))
             outputs = server.run_workflow(path)["data"]["outputs_by_node"]
             saved = [str(node["id"]) for node in workflow["nodes"] if node["type"] == "SaveImage"]
-            files = [server.http.get(outputs[node][0], timeout=60).content for node in saved]
-            drawn = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
-            in_rows([pictures, drawn[::-1]] if pictures else [[picture] for picture in drawn]).save(
+            bodies = [server.http.get(address, timeout=60).content for node in saved for address in outputs[node]]
+            drawn = [Image.open(io.BytesIO(body)).convert("RGB") for body in bodies]
+            learned_below = drawn if folder == "library" else drawn[::-1]  # without the word, then with it
+            in_rows([pictures, learned_below] if pictures else [[picture] for picture in drawn]).save(
                 template.with_suffix(".jpg"), quality=85
             )
 

@@ -30,7 +30,7 @@ from ..textual_inversion.initializer import with_initializer
 from ..textual_inversion.library import Concept
 from ..textual_inversion.memory import out_of_memory_explained
 from ..textual_inversion.pictures import LeftOut
-from ..textual_inversion.prompts import has_trigger, place_trigger
+from ..textual_inversion.prompts import has_trigger, place_trigger, without_trigger
 from ..textual_inversion.report import (
     described,
     how_it_ended,
@@ -176,6 +176,8 @@ class TrainingRun:
     losses: list[float] = field(default_factory=list)
     fixed: list[tuple[int, float]] = field(default_factory=list)
     pictures: list[Tensor] = field(default_factory=list)
+    without: list[Tensor] = field(default_factory=list)
+    """Where only the negative prompt has the word: the preview of each prompt without it."""
     seconds: float = 0.0
     """Average time of one step."""
     preview_failed: bool = False
@@ -398,18 +400,23 @@ class TrainingRun:
     def draw(self, model: DiffusionModel, embedding: Embedding, number: int) -> None:
         """One preview of the vectors at step ``number``, with a picture for each prompt beside one another.
 
+        Where only the negative prompt has the word, a picture without it stands on the left of each.
         After one that failed only the last is tried.
         """
         preview, trigger = self.request.preview, self.config.trigger
         negative = place_trigger(preview.preview_negative, trigger)
-        sampling = self.dataset.latents[0].shape, self.config.seed, preview.preview_steps, preview.preview_cfg, negative
+        sampling = self.dataset.latents[0].shape, self.config.seed, preview.preview_steps, preview.preview_cfg
         is_result = self.live.record.state == "finishing"
         self.preview_failed = True
         if not is_result:
             self.live.tell("drawing")
         with self.notes.side_job("No preview"):
             prompts = [place_trigger(text, trigger) for text in preview.prompts]
-            pictures = [model.generate(prompt, embedding, *sampling) for prompt in prompts]
+            pictures = [model.generate(prompt, embedding, *sampling, negative) for prompt in prompts]
+            if has_trigger(negative, trigger) and not any(has_trigger(prompt, trigger) for prompt in prompts):
+                other = without_trigger(negative, trigger)
+                self.without = self.without or [model.generate(prompt, None, *sampling, other) for prompt in prompts]
+                pictures = [picture for pair in zip(self.without, pictures, strict=True) for picture in pair]
             self.pictures.append(torch.cat(pictures, dim=2))
             self.preview_failed = False
             if len(self.pictures) == MOST_PREVIEWS and preview.preview_every:

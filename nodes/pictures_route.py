@@ -16,6 +16,7 @@ from aiohttp import web
 from server import PromptServer
 
 from ..textual_inversion import UserError
+from ..textual_inversion.concept_folders import BESIDE_FOLDERS, BESIDE_PICTURES, concepts_inside, folders_inside
 from ..textual_inversion.picture_files import PictureInfo, decoded, picture_info, thumbnail
 from ..textual_inversion.pictures import (
     FolderFiles,
@@ -40,10 +41,37 @@ Handler = Callable[[web.Request], Awaitable[web.Response]]
 def list_pictures(folder: str, path: str) -> dict[str, Any]:
     """What the folder that the widgets name holds, and the names of all folders inside the input folder.
 
-    A folder that does not exist is an empty one. Raises UserError as `chosen_folder` and `folder_files` do.
+    It holds pictures, or folders with them: concepts. One that does not exist is empty. Raises UserError as
+    `chosen_folder` and `folder_files` do.
     """
     chosen = chosen_folder(folder, path)
-    files = folder_files(chosen, roots()) if chosen and chosen.exists() else FolderFiles([], {}, [])
+    pictures, concepts, left_out = [], [], []
+    if chosen and chosen.exists():
+        pictures, left_out = _pictures_of(chosen)
+        inside = concepts_inside(chosen, roots())
+        if inside:
+            left_out = [LeftOut(file.name, BESIDE_FOLDERS) for file in left_out]
+        elif pictures:
+            left_out += [LeftOut(f"{one.name}/", BESIDE_PICTURES) for one in folders_inside(chosen, roots())]
+        for one in inside:
+            place = {"folder": "", "path": str(one)} if path.strip() else {"folder": f"{folder}/{one.name}", "path": ""}
+            found, problems = _pictures_of(one)
+            left_out += [LeftOut(f"{one.name}/{file.name}", file.reason) for file in problems]
+            if found:
+                concepts.append({"name": one.name, "place": place, "pictures": found})
+            else:
+                left_out.append(LeftOut(f"{one.name}/", "there are no pictures in it"))
+    return {
+        "pictures": pictures,
+        "concepts": concepts,
+        "left_out": [file._asdict() for file in left_out],
+        "folders": [*folder_paths.get_input_subfolders(), "."],
+    }
+
+
+def _pictures_of(folder: Path) -> tuple[list[dict[str, Any]], list[LeftOut]]:
+    """What the list shows of each picture in a folder, and what is left out."""
+    files = folder_files(folder, roots())
     own = _own_captions(files)
     pictures, left_out = [], list(files.left_out)
     for file in files.pictures:
@@ -59,11 +87,7 @@ def list_pictures(folder: str, path: str) -> dict[str, Any]:
         left_out += problems
         about = {"name": file.name, "caption": caption, "caption_file": own[file].name if file in own else ""}
         pictures.append({**about, "modified": stat.st_mtime_ns // 1000, **info._asdict()})
-    return {
-        "pictures": pictures,
-        "left_out": [file._asdict() for file in left_out],
-        "folders": [*folder_paths.get_input_subfolders(), "."],
-    }
+    return pictures, left_out
 
 
 @lru_cache(maxsize=10_000)

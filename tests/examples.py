@@ -12,11 +12,16 @@ from dev.in_process import ROOT
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 BLOCK = ROOT / "subgraphs/Train an Embedding.json"
-CONCEPT = "heart"
+CONCEPT, LIBRARY = "heart", ("heart", "star")
 
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text())
+
+
+def pictures_for(path: Path) -> str:
+    """The folder in input/ for a template: of ``CONCEPT``, or with a folder for each of ``LIBRARY``."""
+    return "library" if path.stem.startswith("Learn a library") else CONCEPT
 
 
 def nodes_of(workflow: dict, kind: str = "") -> list[dict]:
@@ -31,9 +36,12 @@ def demo_files(server: ComfyServer) -> Iterator[None]:
     embeddings = server.base / "models/embeddings"
     before = set(embeddings.iterdir())
     shutil.copytree(CONCEPTS / CONCEPT / "train", server.base / "input" / CONCEPT)
+    for concept in LIBRARY:
+        shutil.copytree(CONCEPTS / concept / "train", server.base / "input/library" / concept)
     for path in (ROOT / "demo/embeddings").iterdir():
         shutil.copy(path, embeddings)
     yield
-    shutil.rmtree(server.base / "input" / CONCEPT)
+    for name in (CONCEPT, "library"):
+        shutil.rmtree(server.base / "input" / name)
     for path in set(embeddings.iterdir()) - before:
         path.unlink()

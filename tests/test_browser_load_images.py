@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from mimetypes import guess_type
+from pathlib import Path
 
 import pytest
 from browser import PALETTES, contrast, opened, use_palette, wait_until
@@ -255,16 +256,51 @@ def test_a_dropped_folder_adds_its_pictures(page, server, tmp_path):
     (folder / "more/d.jpg").write_bytes(picture("white"))
     (folder / "more/.hidden/e.jpg").write_bytes(picture("white"))
     (folder / "notes.md").write_text("no picture")
+    drop_folder(page, folder)
+    expect(tiles(page)).to_have_count(4)
+    expect(count(page)).to_have_text("4 pictures, 1 with captions")
+    expect(note(page)).to_have_text("Skipped, neither a picture nor a caption: notes.md.")
+    assert widget(page, "folder") == "tabby"
+
+
+def drop_folder(page: Page, folder: Path) -> None:
     box = page.locator(".ti-pictures-list").bounding_box()
     data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
     session = page.context.new_cdp_session(page)
     for kind in ("dragEnter", "dragOver", "drop"):
         event = {"type": kind, "x": box["x"] + 100, "y": box["y"] + 100, "data": data}
         session.send("Input.dispatchDragEvent", event)
-    expect(tiles(page)).to_have_count(4)
-    expect(count(page)).to_have_text("4 pictures, 1 with captions")
-    expect(note(page)).to_have_text("Skipped, neither a picture nor a caption: notes.md.")
-    assert widget(page, "folder") == "tabby"
+
+
+def test_a_dropped_folder_of_folders_adds_concepts(page, server, tmp_path):
+    folder = tmp_path / "pets"
+    for file in ("cat/0.jpg", "cat/1.jpg", "dog/0.jpg"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(picture("red"))
+    (folder / "cat/1.txt").write_text("a red {}")
+    (folder / "notes").mkdir()
+    (folder / "notes/list.md").write_text("no picture")
+    drop_folder(page, folder)
+    expect(count(page)).to_have_text("2 concepts, 3 pictures, 1 with captions")
+    expect(note(page)).to_have_text("Skipped, neither a picture nor a caption: list.md.")
+    assert widget(page, "folder") == "pets"
+    expect(tiles(page)).to_have_text(["cat2", "dog1"])
+    expect(tiles(page).last.locator("img")).to_have_js_property("naturalWidth", 48)
+    assert run(page, server) == 3
+
+    tiles(page).first.locator(".ti-open").click()
+    dialog = page.locator("dialog.ti-full-size")
+    page.keyboard.press("ArrowRight")
+    expect(dialog.get_by_role("textbox")).to_have_value("a red {}")
+    page.keyboard.press("ArrowLeft")
+    dialog.get_by_role("textbox").fill("a {} in red")
+    page.keyboard.press("Escape")
+    expect(count(page)).to_have_text("2 concepts, 3 pictures, 2 with captions")
+    assert (server.base / "input/pets/cat/0.txt").read_text() == "a {} in red\n"
+
+    drop_folder(page, folder / "dog")  # pictures beside folders
+    expect(count(page)).to_have_text("1 picture")
+    expect(note(page)).to_contain_text("Left out cat/: it is a folder beside pictures: only these are read.")
 
 
 def test_pasted_pictures_are_added(page):

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,6 +130,85 @@ def test_history_survives_a_reload_and_a_run_can_be_cancelled(page, server):
     assert points(panel) > earlier, "the curve of a cancelled run stays"
 
 
+@pytest.fixture
+def library(server) -> Iterator[str]:
+    """The name of a folder in input/ with three folders of pictures."""
+    folder = server.base / "input/many"
+    for concept in ("cat", "dog", "owl"):
+        shutil.copytree(server.base / "input/pictures", folder / concept)
+    yield folder.name
+    shutil.rmtree(folder)
+
+
+def test_the_concepts_of_a_run_are_listed_shown_and_stopped(page, server, library):
+    many = graph(steps=ENDLESS, preview_every=10, trigger=[IMAGES, 3])
+    many[IMAGES] = node("TI_LoadImages", folder=library, size=64)
+    workflow = load(page, many)
+    queue(page)
+    panel = show(page)
+    expect(names(panel)).to_have_text(["<cat>", "<dog>", "<owl>"])
+    expect(run(panel, "learning")).to_contain_text("<cat> · Training")
+    expect(option(panel, "is training <cat>")).to_have_attribute("aria-selected", "true")
+    expect(option(panel, "waits for its turn <owl>")).to_be_visible()
+
+    panel.get_by_role("button", name="Stop and keep").click()
+    expect(panel).to_contain_text("1 of 3 done")
+    expect(run(panel, "learning")).to_contain_text("<dog> · Training")  # the one that learns now
+    option(panel, "done <cat> loss").click()
+    expect(run(panel, "done")).to_contain_text("Stopped by hand")
+    expect(panel.locator(".ti-strip button").last).to_contain_text("result")
+    expect(panel.get_by_role("button", name="Stop and keep")).to_be_disabled()
+    panel.get_by_role("listbox").press("ArrowDown")
+    expect(run(panel, "learning")).to_contain_text("<dog> · Training")
+
+    page.wait_for_timeout(1000)  # ComfyUI writes the open workflow down a moment after it changed
+    open_comfyui(page, server.url)
+    page.wait_for_function("id => app.rootGraph.id === id", arg=workflow)
+    panel = show(page)
+    expect(names(panel)).to_have_text(["<cat>", "<dog>", "<owl>"])
+    expect(run(panel, "learning")).to_contain_text("<dog> · Training")
+
+    panel.get_by_role("button", name="Stop all").click()
+    expect(panel).to_contain_text("2 of 3 done, 1 failed")
+    expect(panel.get_by_role("button", name="Stop all")).to_be_disabled()
+    option(panel, "failed <owl>").click()
+    expect(run(panel, "failed")).to_contain_text("Stopped before it began.")
+    wait_until(lambda: not is_running(server))
+    history = server.http.get(f"{server.url}/history?max_items=1", timeout=60).json()
+    (outputs,) = [entry["outputs"] for entry in history.values()]
+    assert [text.split(":")[0] for text in outputs[REPORT]["text"]] == ["<cat>", "<dog>"]
+
+
+def test_five_hundred_concepts(page):
+    """The list stays as high as for a few, each event is handled at once, and the keyboard reaches all."""
+    workflow = load(page, graph())
+    panel = show(page)
+    send_concepts(page, workflow, 6, group="few")
+    found = panel.get_by_role("listbox")
+    height = found.evaluate("list => list.offsetHeight")
+    waiting = send_concepts(page, workflow, 500, state="waiting")
+    learning = send_concepts(page, workflow, 500)
+    done = send_concepts(page, workflow, 500, state="done")
+    print(f"\nms an event, median and most: {waiting}, {learning}, {done}")
+    assert max(median for median, _ in (waiting, learning, done)) < 50
+    expect(panel).to_contain_text("500 of 500 done")
+    assert found.evaluate("list => list.offsetHeight") == height
+    assert found.evaluate("list => list.scrollHeight / list.clientHeight") == 100
+    found.press("End")
+    expect(run(panel, "done")).to_contain_text("<concept-499> · Done")
+    last, frame = names(panel).last.bounding_box(), found.bounding_box()
+    assert frame["y"] <= last["y"] <= frame["y"] + frame["height"] - last["height"]
+    found.press("ArrowUp")
+    expect(run(panel, "done")).to_contain_text("<concept-498> · Done")
+
+    send_concepts(page, workflow, 2, group="next")  # a run replaces the one before
+    expect(names(panel)).to_have_text(["<concept-0>", "<concept-1>"])
+    record = {"run": "single", "group": "single", "concept": ""}
+    page.evaluate(SEND, [workflow, TRAIN, [record]])
+    expect(names(panel)).to_have_count(0)
+    expect(panel.get_by_role("button", name="Stop all")).to_have_count(0)
+
+
 def test_a_cached_run_and_a_failed_one(page):
     once = graph()
     load(page, once)
@@ -200,9 +280,20 @@ def test_words_can_be_read_in_every_palette(page):
     queue(page)
     panel = show(page)
     expect(run(panel, "done")).to_be_visible()
+    run_words = (".ti-state", ".ti-line:nth-child(2)", ".ti-legend")
     for palette in PALETTES:
         use_palette(page, palette)
-        for words in (".ti-state", ".ti-line:nth-child(2)", ".ti-legend"):
+        for words in run_words:
+            assert contrast(panel.locator(words)) > 4.5, (palette, words)
+    workflow = load(page, graph())
+    panel = show(page)
+    send_concepts(page, workflow, 3, state="failed")
+    concept_words = [".ti-summary", ".ti-group button"]
+    for which in ("[aria-selected=true]", "[aria-selected=false] >> nth=0"):
+        concept_words += [f"{which} >> {part}" for part in (".ti-sign", ".ti-name", ".ti-figure")]
+    for palette in PALETTES:
+        use_palette(page, palette)
+        for words in concept_words:
             assert contrast(panel.locator(words)) > 4.5, (palette, words)
 
 
@@ -252,6 +343,44 @@ def show(page: Page) -> Locator:
         app.canvas.setDirty(true, true);
     }""")
     return page.locator(".ti-train:visible")
+
+
+# Sends records through ComfyUI's event channel and returns the milliseconds of each, with the layout that it causes.
+SEND = """async ([workflow, node, records]) => {
+    const times = [];
+    for (const record of records) times.push(await send(record));
+    return times;
+
+    async function send(record) {
+        const numbers = { step: 400, steps: 3000, planned: 800, learning_rate: 0.1, rate: 1, seconds_left: 9 };
+        const losses = [...Array(401).keys()].map((step) => [step, 0.2 - step / 4000]);
+        const fixed = losses.filter(([step]) => step % 10 === 0);
+        const more = { state: "done", best: 400, message: "", trend: "improving", flat: 0, losses, fixed, pictures: [] };
+        const detail = { workflow, node, ...numbers, ...more, ...record };
+        const began = performance.now();
+        comfyAPI.api.api.dispatchCustomEvent("textual_inversion.run", detail);
+        await new Promise(queueMicrotask); // behind the panel's own
+        document.body.getBoundingClientRect();
+        return performance.now() - began;
+    }
+}"""
+
+
+def send_concepts(page: Page, workflow: str, count: int, state: str = "learning", group: str = "made up"):
+    """One record for each of made-up concepts; returns the milliseconds an event took: the median and the most."""
+    numbers = range(count)
+    concepts = [{"run": f"{group}{n}", "concept": f"<concept-{n}>", "group": group, "state": state} for n in numbers]
+    times = sorted(page.evaluate(SEND, [workflow, TRAIN, concepts]))
+    return round(times[len(times) // 2], 1), round(times[-1], 1)
+
+
+def names(panel: Locator) -> Locator:
+    return panel.locator(".ti-concepts .ti-name")
+
+
+def option(panel: Locator, name: str) -> Locator:
+    """A concept in the list, by what a screen reader says."""
+    return panel.get_by_role("option", name=name)
 
 
 def run(panel: Locator, state: str) -> Locator:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from examples import BLOCK, CONCEPT, WORKFLOWS, demo_files, nodes_of, read
+from examples import BLOCK, LIBRARY, WORKFLOWS, demo_files, nodes_of, pictures_for, read
 from PIL import Image
 
 from demo.workflow import for_demo_model, set_widgets
@@ -93,7 +93,8 @@ def test_a_note_says_what_to_do(path):
 @each_workflow
 def test_workflow_draws(path, demo, tmp_path):
     """Set up for the demo model; with few steps, since this need not learn or draw well as `make demo` does."""
-    workflow = for_demo_model(path, CONCEPT)
+    folder = pictures_for(path)
+    workflow = for_demo_model(path, folder)
     for node in [*nodes_of(workflow, "TI_Train"), *nodes_of(workflow, "KSampler")]:
         set_widgets(node, steps=4)
     shorter = tmp_path / path.name
@@ -101,12 +102,16 @@ def test_workflow_draws(path, demo, tmp_path):
     pictures = demo.run_workflow(shorter)["data"]["outputs_by_node"]
     drawn = []
     for node in nodes_of(workflow, "SaveImage"):
-        (address,) = pictures[str(node["id"])]
-        pixels = np.asarray(Image.open(io.BytesIO(demo.http.get(address, timeout=60).content)).convert("RGB"))
-        assert pixels.std() > 5
-        drawn.append(pixels)
+        addresses = pictures[str(node["id"])]
+        assert len(addresses) == (len(LIBRARY) if folder == "library" else 1)
+        for address in addresses:
+            pixels = np.asarray(Image.open(io.BytesIO(demo.http.get(address, timeout=60).content)).convert("RGB"))
+            assert pixels.std() > 5
+            drawn.append(pixels)
     assert drawn
     for one, other in itertools.combinations(drawn, 2):
         assert not np.array_equal(one, other), "the word changes nothing"
     if nodes_of(workflow, "TI_SaveEmbedding"):
-        assert (demo.base / "models/embeddings/S.safetensors").is_file()
+        for word in LIBRARY if folder == "library" else ("S",):
+            assert (demo.base / f"models/embeddings/{word}.safetensors").is_file()
+            assert (demo.base / f"models/embeddings/{word}.preview.png").is_file()

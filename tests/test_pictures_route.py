@@ -73,6 +73,33 @@ def test_the_list_is_what_the_node_loads(server, folder):
             assert shown.size == (32, 48)
 
 
+def test_a_folder_of_folders_is_a_list_of_concepts(server, folder):
+    for name in ("cat", "my dog", "empty"):
+        (folder / name).mkdir()
+    for name in ("cat/a.png", "cat/b.png", "my dog/a.png"):
+        (folder / name).write_bytes(picture())
+    (folder / "Thumbs.db").write_bytes(b"no picture")
+    (folder / "cat/notes.md").write_text("no picture")
+    for place in ({"folder": "listed"}, {"folder": "", "path": f'"{folder}"'}):
+        answer = ask(server, PICTURES, **place).json()
+        assert answer["pictures"] == []
+        found = [(one["name"], [shown["name"] for shown in one["pictures"]]) for one in answer["concepts"]]
+        assert found == [("cat", ["a.png", "b.png"]), ("my dog", ["a.png"])]
+        assert [file["name"] for file in answer["left_out"]] == ["Thumbs.db", "cat/notes.md", "empty/"]
+        inside = answer["concepts"][1]["place"]
+        assert ask(server, THUMBNAIL, **inside, name="a.png").status_code == 200
+    graph = {
+        "load": {
+            "class_type": "TI_LoadImages",
+            "inputs": {"folder": "listed", "path": "", "crop": "square", "size": 0},
+        },
+        "shown": {"class_type": "PreviewAny", "inputs": {"source": ["load", 3]}},
+    }
+    outputs = server.run(graph).history["outputs"]
+    assert outputs["shown"]["text"] == ["<cat>", "<cat>", "<my_dog>"]
+    assert [file["name"] for file in outputs["load"]["left_out"]] == ["Thumbs.db", "cat/notes.md", "empty/"]
+
+
 OUTSIDE = (
     "..",
     "listed/../..",

@@ -8,7 +8,14 @@ from safetensors.torch import save_file
 
 from textual_inversion import Embedding
 from textual_inversion.adapters.comfyui_tokens import _named, embedding_keys, with_embeddings
-from textual_inversion.prompts import caption_prompt, has_trigger, place_trigger, plain, replace_triggers
+from textual_inversion.prompts import (
+    caption_prompt,
+    has_trigger,
+    place_trigger,
+    plain,
+    replace_triggers,
+    without_trigger,
+)
 
 
 def marked(prompt: str, *triggers: str) -> str:
@@ -68,6 +75,20 @@ def test_words_inside_words_in_any_order(triggers, prompt, found):
     for order in itertools.permutations(triggers):
         expected = "".join(f"<{order.index(part)}>" if part in order else part for part in found)
         assert replace_triggers(prompt, order, lambda number, before: f"<{number}>") == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "left"),
+    [
+        ("{}", ""),
+        ("bad hands, {}", "bad hands"),
+        ("S*, ugly,{}, blurry", "ugly, blurry"),
+        ("(ugly, {}:1.2), ({}:1.3), (({}))", "(ugly:1.2)"),
+        ("({}, ugly:1.2) embedding:S*", "(ugly:1.2) embedding:S*"),
+    ],
+)
+def test_a_prompt_without_its_word(prompt, left):
+    assert without_trigger(place_trigger(prompt, "S*"), "S*") == left
 
 
 @pytest.mark.parametrize("prompt", ["一张{}的照片", "two {}s on a table", "a {}-style painting", "({}:1.2)の写真"])

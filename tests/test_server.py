@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import websocket
@@ -566,6 +567,21 @@ def test_a_name_that_no_file_can_have_is_told_before_training(server, name):
             server.submit(graph)
     finally:
         (server.base / "models/embeddings/there.safetensors").unlink()
+
+
+def test_a_word_in_the_negative_prompt_is_shown_without_and_with_it(server):
+    graph = learning_graph(seed=94, preview_prompt="a cat")
+    graph["settings"]["inputs"]["preview_negative"] = "blurry, {}"
+    run = server.run(graph)
+    assert "Previews do not show" not in report_of(run)
+    shown = [server.http.get(f"{server.url}/view", params=file, timeout=60).content for file in
+             run.history["outputs"]["previews"]["images"]]  # fmt: skip
+    pairs = [np.split(np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")), 2, axis=1) for picture in shown]
+    assert len(pairs) == 3
+    for without, with_word in pairs:
+        assert without.shape == (64, 64, 3)
+        assert np.array_equal(without, pairs[0][0])
+        assert not np.array_equal(without, with_word)
 
 
 def test_batch_of_images_and_one_caption(server):

@@ -6,8 +6,12 @@ from typing import NamedTuple
 
 from .errors import UserError
 from .formats import file_name
+from .picture_files import picture_info
 from .pictures import LeftOut, Pictures, folder_files, is_inside, load_folder
 from .prompts import check_trigger, usable_trigger
+
+BESIDE_PICTURES = "it is a folder beside pictures: only these are read"  # why it is left out
+BESIDE_FOLDERS = "it is no picture of a concept: put pictures into the folders"
 
 
 class Loaded(NamedTuple):
@@ -23,14 +27,14 @@ def load_concepts(folder: Path, size: int, square: bool = False, roots: Sequence
     The other parameters are those of ``load_folder``. A folder without pictures, or whose name makes no trigger word
     or that of another one, is left out; so are folders beside pictures. Raises UserError when no picture is left.
     """
-    if not is_library(folder, roots):
+    inside = concepts_inside(folder, roots)
+    if not inside:
         loaded = load_folder(folder, size, square, roots)
-        for one in folders_inside(folder, roots):
-            loaded.left_out.append(LeftOut(f"{one.name}/", "it is a folder beside pictures: only these are read"))
+        loaded.left_out.extend(LeftOut(f"{one.name}/", BESIDE_PICTURES) for one in folders_inside(folder, roots))
         return Loaded(loaded, [trigger_of(folder)] * len(loaded.images))
-    images, masks, captions, left_out, triggers = [], [], [], [], []
+    images, masks, captions, triggers = [], [], [], []
+    left_out = [LeftOut(file.name, BESIDE_FOLDERS) for file in folder_files(folder, roots).pictures]
     known: dict[str, str] = {}
-    inside = folders_inside(folder, roots)
     for one in inside:
         try:
             check_trigger(word := trigger_of(one))
@@ -54,9 +58,18 @@ def load_concepts(folder: Path, size: int, square: bool = False, roots: Sequence
     return Loaded(Pictures(images, masks, captions, left_out), triggers)
 
 
-def is_library(folder: Path, roots: Sequence[Path] = ()) -> bool:
-    """Whether ``folder`` holds folders of pictures, and no pictures itself. Raises UserError as ``folder_files``."""
-    return not folder_files(folder, roots).pictures and bool(folders_inside(folder, roots))
+def concepts_inside(folder: Path, roots: Sequence[Path] = ()) -> list[Path]:
+    """The folders in ``folder`` where each is a concept of its own, which they are not beside pictures."""
+    inside = folders_inside(folder, roots)
+    return [] if inside and any(_is_picture(file) for file in folder_files(folder, roots).pictures) else inside
+
+
+def _is_picture(file: Path) -> bool:
+    try:
+        picture_info(file)
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def folders_inside(folder: Path, roots: Sequence[Path] = ()) -> list[Path]:

@@ -126,7 +126,8 @@ class PreviewConfig:
     """Guidance scale (cfg) of a preview picture."""
 
     preview_negative: str = ""
-    """Negative prompt of the preview pictures. For an embedding of what you do not want, write {} here."""
+    """Negative prompt of the preview pictures. For an embedding of what you do not want, write {} only
+    here: each picture is drawn without and with it."""
 
     preview_sampler: str = "euler"
     """Sampler of the preview pictures, as in KSampler."""

@@ -123,6 +123,16 @@ def has_trigger(text: str, trigger: str) -> bool:
     return bool(found)
 
 
+def without_trigger(text: str, trigger: str) -> str:
+    """A prompt without the trigger word, nor the brackets and commas that held only it."""
+    text = replace_triggers(text, [trigger], lambda number, before: "")
+    emptied = re.compile(r"\(\s*(:\s*[\d.]+\s*)?\)")
+    while emptied.search(text):
+        text = emptied.sub("", text)
+    text = re.sub(r"[\s,]*,\s*(?=[,):]|$)|^[\s,]+|(?<=\()[\s,]+", "", text)
+    return re.sub(r"[\s,]*,\s*", ", ", text).strip()
+
+
 def _word(trigger: str) -> str:
     """The pattern of a trigger word. Only beside its own letters others could make another word of it."""
     word, letter = re.escape(trigger), re.compile(_LETTER)

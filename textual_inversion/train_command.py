@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import formats
 from .adapters.protocol import TrainableModel
-from .concept_folders import is_library, load_concepts
+from .concept_folders import concepts_inside, load_concepts
 from .config import TrainConfig
 from .console import print_files, say, target
 from .dataset import Dataset
@@ -86,7 +86,7 @@ class Plan:
 
 def make_plan(order: Order, together: Processes, tell: Callable[[str], None]) -> Plan:
     """Reads the pictures, and looks for what has been learned of them. Raises UserError."""
-    library, settings = is_library(order.images), order.settings
+    library, settings = bool(concepts_inside(order.images)), order.settings
     if library:
         if settings.trigger != TrainConfig.trigger:
             raise UserError("The words of a library are the names of its folders: leave out --trigger, or rename them.")

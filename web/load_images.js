@@ -2,7 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { brought, captionStem, filesIn, isCaption, isPicture, stem } from "./lib/dropped_files.js";
+import { brought, captionStem, isCaption, isPicture, partsOf, stem } from "./lib/dropped_files.js";
 import { showFullSize } from "./lib/full_size.js";
 import { after, element, filled } from "./lib/page.js";
 import { PictureRequests, Refused, thumbnail } from "./lib/picture_requests.js";
@@ -14,6 +14,7 @@ const NODE = "TI_LoadImages";
 const NEW_FOLDER = "pictures"; // made for pictures that are added while no folder of their own is chosen
 const SIZE = [340, 500]; // of a new node
 const HEIGHT = 200; // least height of the list with its buttons; also in load_images.css
+const NOTHING = { pictures: [], concepts: [], left_out: [] };
 const NAMED = 5; // files left out that are named, at most
 
 const requests = new PictureRequests(TEXTS);
@@ -22,6 +23,7 @@ class PictureList {
   constructor(node) {
     this.node = node;
     this.tiles = new Map(); // by folder and picture, so that unchanged thumbnails are not fetched again
+    this.concepts = []; // of a folder of folders
     this.leftOut = []; // {name, reason}
     this.queue = Promise.resolve(); // of uploads and other changes, one after the other
     this.newest = 0; // number of the latest request for the list; responses to older ones are ignored
@@ -99,7 +101,7 @@ class PictureList {
     const { place, hidden } = this;
     this.button.disabled = this.newFolder.disabled = Boolean(this.fixed);
     this.button.title = this.fixed || TEXTS.addHint;
-    if (hidden) return this.show({ pictures: [], left_out: [] }, place, hidden, notes);
+    if (hidden) return this.show(NOTHING, place, hidden, notes);
     if (!this.count.textContent) this.count.textContent = TEXTS.reading;
     try {
       const found = await requests.list(place);
@@ -108,7 +110,7 @@ class PictureList {
       this.show(found, place, TEXTS.none, notes);
     } catch (error) {
       if (turn !== this.newest) return;
-      this.show({ pictures: [], left_out: [] }, place, TEXTS.none, notes.length ? notes : [error.message]);
+      this.show(NOTHING, place, TEXTS.none, notes.length ? notes : [error.message]);
     }
   }
 
@@ -119,19 +121,22 @@ class PictureList {
     this.widget("folder").options.values = all.includes(folder) ? all : [...all, folder];
   }
 
-  show({ pictures, left_out: leftOut }, place, whenEmpty, notes) {
+  show({ pictures, concepts, left_out: leftOut }, place, whenEmpty, notes) {
     const tiles = new Map();
-    for (const picture of pictures) {
-      const key = JSON.stringify([place, picture]);
-      tiles.set(key, this.tiles.get(key) ?? new Tile(this, picture, place));
-    }
+    const add = (kind, shown) => {
+      const key = JSON.stringify([place, shown]);
+      tiles.set(key, this.tiles.get(key) ?? new kind(this, shown, place));
+    };
+    pictures.forEach((picture) => add(Tile, picture));
+    concepts.forEach((concept) => add(ConceptTile, concept));
     this.tiles = tiles;
+    this.concepts = concepts;
     this.leftOut = leftOut;
     this.notes = notes;
-    this.list.classList.toggle("ti-empty", !pictures.length);
-    if (pictures.length) this.list.replaceChildren(...[...tiles.values()].map((tile) => tile.element));
+    this.list.classList.toggle("ti-empty", !tiles.size);
+    if (tiles.size) this.list.replaceChildren(...[...tiles.values()].map((tile) => tile.element));
     else this.list.replaceChildren(element("i", { className: "pi pi-images" }), whenEmpty);
-    this.count.textContent = this.hidden ? "" : countText(pictures);
+    this.count.textContent = this.hidden ? "" : countText(pictures, concepts);
     this.say();
   }
 
@@ -147,10 +152,12 @@ class PictureList {
 
   /** What a run has left out: files whose damage is only found when they are read to their end. */
   ran(leftOut) {
-    for (const tile of this.tiles.values()) {
-      tile.reason = leftOut.find(({ name }) => name === tile.picture.name)?.reason ?? "";
+    if (this.hidden || this.concepts.length) this.leftOut = leftOut;
+    else {
+      for (const tile of this.tiles.values()) {
+        tile.reason = leftOut.find(({ name }) => name === tile.picture.name)?.reason ?? "";
+      }
     }
-    if (this.hidden) this.leftOut = leftOut;
     this.say();
   }
 
@@ -181,49 +188,52 @@ class PictureList {
     this.button.disabled = true;
     const notes = [];
     try {
-      const all = [...files, ...(await Promise.all(folders.map(filesIn))).flat()];
-      const strange = all.filter((file) => !isPicture(file) && !isCaption(file));
+      const parts = [{ name: "", files }, ...(await Promise.all(folders.map(partsOf))).flat()];
+      const strange = parts.flatMap((part) => part.files).filter((file) => !isPicture(file) && !isCaption(file));
       if (strange.length) notes.push(filled(TEXTS.skipped, { names: strange.map((file) => file.name).join(", ") }));
       const name = folders.length === 1 && !files.length ? folders[0].name : NEW_FOLDER;
-      const captions = all.filter(isCaption);
-      const pictures = all.filter((file) => isPicture(file) && !isCaption(file));
-      notes.push(...(await this.save(pictures, captions, name)));
+      notes.push(...(await this.save(parts, name)));
     } catch (error) {
       notes.push(error.message);
     }
     await this.refresh(notes);
   }
 
-  /** Uploads pictures, then captions that belong to a picture. Returns messages for the user. */
-  async save(pictures, captions, newFolder) {
+  /** Uploads pictures, then captions that belong to a picture: each part into the folder of its name in the chosen one. */
+  async save(parts, newFolder) {
     const notes = [];
+    const picturesOf = ({ files }) => files.filter((file) => isPicture(file) && !isCaption(file));
+    const count = parts.flatMap(picturesOf).length;
     const chosen = this.place.folder;
     const { folders } = await requests.list({ folder: chosen });
-    const folder = ["", "."].includes(chosen) && pictures.length ? freeName(newFolder, folders) : chosen;
-    const names = new Map(); // of the pictures: original name -> name in the folder
+    const folder = ["", "."].includes(chosen) && count ? freeName(newFolder, folders) : chosen;
+    const names = new Map(parts.map((part) => [part, new Map()])); // of pictures: original name -> name in the folder
+    const folderOf = ({ name }) => (name ? `${folder}/${name}` : folder);
+    let number = 0;
     try {
-      for (const [index, file] of pictures.entries()) {
-        this.count.textContent = filled(TEXTS.adding, { number: index + 1, count: pictures.length });
+      for (const [part, file] of parts.flatMap((one) => picturesOf(one).map((picture) => [one, picture]))) {
+        this.count.textContent = filled(TEXTS.adding, { number: ++number, count });
         try {
-          names.set(file.name, await requests.add(folder, file));
+          names.get(part).set(file.name, await requests.add(folderOf(part), file));
         } catch (error) {
           if (!(error instanceof Refused)) throw error;
           notes.push(leftOutLine({ name: file.name, reason: error.message }));
         }
       }
     } finally {
-      if (names.size && folder !== chosen) this.choose(folder);
+      if ([...names.values()].some(({ size }) => size) && folder !== chosen) this.choose(folder);
     }
-    const listed = captions.length ? (await requests.list({ folder })).pictures : [];
-    for (const file of captions) notes.push(...(await saveCaption(file, folder, names, listed)));
+    for (const part of parts) {
+      const captions = part.files.filter(isCaption);
+      const listed = captions.length ? (await requests.list({ folder: folderOf(part) })).pictures : [];
+      for (const file of captions) notes.push(...(await saveCaption(file, folderOf(part), names.get(part), listed)));
+    }
     return notes;
   }
 
-  /** Shows the picture of a tile in full size, with its caption to be written. */
-  enlarge(tile) {
-    const tiles = [...this.tiles.values()];
-    const { place } = tile;
-    const pictures = tiles.map(({ picture }) => ({
+  /** Shows one of the pictures in a place in full size, with its caption to be written. */
+  enlarge(shown, at, place) {
+    const pictures = shown.map((picture) => ({
       picture,
       src: thumbnail(place, picture, "large"),
       title: picture.name,
@@ -235,27 +245,25 @@ class PictureList {
       const line = element("div", { textContent: about.join(", ") });
       const text = element("textarea", { value: picture.caption, placeholder: TEXTS.caption, rows: 3 });
       text.readOnly = Boolean(this.fixed);
-      save = () => this.writeCaption(picture, text.value);
+      save = () => this.writeCaption(picture, text.value, place);
       if (this.fixed) return [line, text];
       const remove = async () => {
         dialog.close();
-        await this.remove(picture);
+        await this.remove(picture, place);
       };
       return [line, text, button("trash", TEXTS.remove, "", remove)];
     };
-    showFullSize(this.element, pictures, tiles.indexOf(tile), below).addEventListener("close", () => save());
+    showFullSize(this.element, pictures, at, below).addEventListener("close", () => save());
   }
 
-  writeCaption(picture, caption) {
+  writeCaption(picture, caption, { folder }) {
     if (this.fixed || caption.trim() === picture.caption) return;
     picture.caption = caption.trim(); // so that it is written once
-    const { folder } = this.place;
     this.change(() => requests.writeCaption(folder, picture.name, caption));
   }
 
   /** Deletes a picture and its caption after the user has agreed. */
-  async remove({ name, caption_file: caption }) {
-    const { folder } = this.place;
+  async remove({ name, caption_file: caption }, { folder }) {
     const message = filled(TEXTS.removeQuestion, { folder: folder === "." ? "input" : folder });
     const itemList = caption ? [name, caption] : [name];
     const agreed = await app.extensionManager.dialog.confirm({ title: TEXTS.remove, message, itemList, type: "delete" });
@@ -276,28 +284,52 @@ class Tile {
   constructor(list, picture, place) {
     Object.assign(this, { list, picture, place, reason: "" });
     const { name, caption, masked } = picture;
-    const image = element("img", { alt: name, loading: "lazy", draggable: false });
-    image.src = thumbnail(place, picture, "small");
-    image.onerror = async () => {
-      image.replaceWith(element("i", { className: "pi pi-image" }));
-      this.reason = await requests.whyNot(image.src);
-      list.say();
-    };
+    const image = thumbnailOf(this, picture, place);
     const marks = element("div", { className: "ti-marks" });
     const mark = (kind, ariaLabel) => marks.append(element("i", { className: `ti-mark ${kind}`, ariaLabel }));
     if (caption) mark("ti-mark-caption pi pi-align-left", TEXTS.captioned);
     if (masked) mark("ti-mark-mask", TEXTS.masked);
     const open = element("button", { type: "button", className: "ti-open" }, image, marks);
-    open.onclick = () => list.enlarge(this);
+    open.onclick = () => {
+      const tiles = [...list.tiles.values()];
+      list.enlarge(tiles.map((tile) => tile.picture), tiles.indexOf(this), place);
+    };
     open.title = [name, filled(TEXTS.size, picture), caption, masked ? TEXTS.masked : "", TEXTS.open]
       .filter(Boolean)
       .join("\n");
     this.element = element("div", { className: "ti-picture" }, open);
     if (list.fixed) return;
-    const remove = button("times", "", `${TEXTS.remove}: ${name}`, () => list.remove(picture));
+    const remove = button("times", "", `${TEXTS.remove}: ${name}`, () => list.remove(picture, place));
     remove.classList.add("ti-remove");
     this.element.append(remove);
   }
+}
+
+/** The first picture of a concept, with its name and the number of its pictures; a click opens all of them. */
+class ConceptTile {
+  constructor(list, { name, place, pictures }) {
+    const [picture] = pictures;
+    Object.assign(this, { list, picture: { ...picture, name: `${name}/${picture.name}` }, reason: "" });
+    const label = element("div", { className: "ti-concept" }, element("span", { textContent: name }));
+    label.append(element("b", { textContent: pictures.length }));
+    const image = thumbnailOf(this, picture, place);
+    const open = element("button", { type: "button", className: "ti-open" }, image, label);
+    open.onclick = () => list.enlarge(pictures, 0, place);
+    open.title = open.ariaLabel = `${name}: ${countText(pictures)}`;
+    this.element = element("div", { className: "ti-picture" }, open);
+  }
+}
+
+/** The image of a tile, which learns why there is none. */
+function thumbnailOf(tile, picture, place) {
+  const image = element("img", { alt: picture.name, loading: "lazy", draggable: false });
+  image.src = thumbnail(place, picture, "small");
+  image.onerror = async () => {
+    image.replaceWith(element("i", { className: "pi pi-image" }));
+    tile.reason = await requests.whyNot(image.src);
+    tile.list.say();
+  };
+  return image;
 }
 
 /** Makes a dropped text the caption of its picture. Returns messages for the user. */
@@ -329,7 +361,11 @@ function button(icon, text, title, onclick) {
   return element("button", { type: "button", className: "ti-button", title, onclick }, sign, text);
 }
 
-function countText(pictures) {
+function countText(pictures, concepts = []) {
+  if (concepts.length) {
+    const all = countText(concepts.flatMap((concept) => concept.pictures));
+    return filled(concepts.length === 1 ? TEXTS.oneConcept : TEXTS.concepts, { count: concepts.length, pictures: all });
+  }
   const count = filled(pictures.length === 1 ? TEXTS.one : TEXTS.count, { count: pictures.length });
   const captions = pictures.filter(({ caption }) => caption).length;
   return captions ? filled(TEXTS.captions, { pictures: count, captions }) : count;

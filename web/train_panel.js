@@ -1,10 +1,13 @@
-// The live panel of the Train node: progress, loss, preview pictures, and two buttons.
+// The live panel of the Train node: progress, loss, preview pictures, and two buttons. Where a run has several concepts,
+// a list of them stands above, and the rest is about one of them.
 //
-// The server sends the complete record of a run with every event, so the panel always shows the latest record: from
-// an event, from the list of runs after a page load, or from the node's output if ComfyUI had cached the run.
+// The server sends the complete record of a run with every event, one for each concept, so the panel always shows the
+// latest record: from an event, from the list of runs after a page load, or from the node's output if ComfyUI had
+// cached the run.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { ConceptList } from "./lib/concept_list.js";
 import { showFullSize } from "./lib/full_size.js";
 import { LossChart } from "./lib/loss_chart.js";
 import { after, element, filled } from "./lib/page.js";
@@ -13,21 +16,25 @@ import { texts } from "./lib/texts.js";
 const TEXTS = await texts("panel");
 
 const EVENT = "textual_inversion.run";
-const ACTIVE = ["encoding", "searching", "learning", "drawing", "finishing"];
-const STOPPABLE = ["searching", "learning", "drawing"];
+const AT_WORK = ["encoding", "searching", "learning", "drawing", "finishing"];
+const ACTIVE = ["waiting", ...AT_WORK]; // a concept waits for others of its run
+const PREVIEWABLE = ["searching", "learning", "drawing"];
+const STOPPABLE = ["waiting", ...PREVIEWABLE];
 const HEIGHTS = { line: 18, chart: 128, pictures: 92, buttons: 36 }; // with the gaps above them
 const MARGIN = 10;
 
 const panels = new WeakMap(); // node -> TrainPanel
-const records = new Map(); // workflow and node -> latest record, in order of arrival
+const groups = new Map(); // workflow and node -> the latest run's concepts: run id -> latest record
 
 app.registerExtension({
   name: "textualinversion.TrainPanel",
 
   async setup() {
-    api.addEventListener(EVENT, ({ detail }) => keep(detail));
-    api.addEventListener("reconnected", askForRuns);
-    await askForRuns();
+    let asked = askForRuns();
+    const take = (record) => asked.then(() => keep(record), () => keep(record)); // what the answer says is older
+    api.addEventListener(EVENT, ({ detail }) => take(detail));
+    api.addEventListener("reconnected", () => (asked = askForRuns()));
+    await asked;
   },
 
   nodeCreated(node) {
@@ -39,7 +46,7 @@ app.registerExtension({
 
   /** Called after every load, undo and change of tab, which create all nodes again. */
   afterConfigureGraph() {
-    records.forEach(show);
+    groups.forEach((group) => group.forEach(show));
   },
 });
 
@@ -49,7 +56,7 @@ async function askForRuns() {
   const answer = await api.fetchApi(`/textual_inversion/runs?${new URLSearchParams({ client_id: client })}`);
   const runs = await answer.json();
   const known = new Set(runs.map((record) => record.run));
-  for (const record of [...records.values()]) {
+  for (const record of [...groups.values()].flatMap((group) => [...group.values()])) {
     if (ACTIVE.includes(record.state) && !known.has(record.run)) {
       keep({ ...record, state: "failed", message: TEXTS.lost });
     }
@@ -59,13 +66,14 @@ async function askForRuns() {
 
 function keep(record) {
   const key = `${record.workflow} ${record.node}`;
-  records.delete(key);
-  records.set(key, record);
+  const [first] = groups.get(key)?.values() ?? [];
+  if (first?.group !== record.group || !record.concept) groups.set(key, new Map());
+  groups.get(key).set(record.run, record);
   show(record);
 }
 
 function show(record) {
-  if (record.workflow === app.rootGraph.id) panels.get(nodeAt(record.node))?.show(record);
+  if (record.workflow === app.rootGraph.id) panels.get(nodeAt(record.node))?.take(record);
 }
 
 /** The node with this execution id: "7:3" is node 3 in the subgraph of node 7. */
@@ -116,15 +124,18 @@ class TrainPanel {
     this.message = element("div", { className: "ti-message" });
     this.chart = new LossChart(TEXTS.chart);
     this.strip = new FilmStrip();
+    this.stopAll = this.button("stopAll", TEXTS.concepts.stopAll, TEXTS.concepts.stopAllHelp);
+    this.concepts = new ConceptList(TEXTS.concepts, this.stopAll, (record) => this.pick(record));
     this.stop = this.button("stop", TEXTS.stop, TEXTS.stopHelp);
     this.preview = this.button("preview", TEXTS.preview, TEXTS.previewHelp);
     const buttons = element("div", { className: "ti-buttons" }, this.stop, this.preview);
     this.lines = element("div", {}, this.state, this.details, this.message);
-    this.run = element("div", { className: "ti-run" }, this.lines, this.chart.root, this.strip.root, buttons);
+    this.run = element("div", { className: "ti-run" }, this.concepts.root, this.lines, this.chart.root, this.strip.root);
+    this.run.append(buttons);
     new ResizeObserver(() => this.fit()).observe(this.lines); // a message takes as many lines as it needs
     const style = element("link", { rel: "stylesheet", href: new URL("train_panel.css", import.meta.url) });
     this.root = element("div", { className: "ti-train ti-colours" }, style, this.hint, this.run);
-    leaveToCanvas(this.root, this.strip.root);
+    leaveToCanvas(this.root, this.strip.root, this.concepts.list);
 
     this.run.hidden = true;
     const widget = node.addDOMWidget("training", "ti_train_panel", this.root, {
@@ -141,7 +152,7 @@ class TrainPanel {
     const onExecuted = node.onExecuted;
     node.onExecuted = function (message) {
       onExecuted?.apply(this, arguments);
-      message.textual_inversion?.forEach((record) => panels.get(this).show(record));
+      message.textual_inversion?.forEach((record) => panels.get(this).take(record));
     };
   }
 
@@ -149,7 +160,8 @@ class TrainPanel {
     const onclick = async () => {
       this.asked[action] = this.asking(action);
       this.enable();
-      const answer = await api.fetchApi(`/textual_inversion/runs/${this.record.run}/${action}`, { method: "POST" });
+      const [run, what] = action === "stopAll" ? [this.record.group, "stop"] : [this.record.run, action];
+      const answer = await api.fetchApi(`/textual_inversion/runs/${run}/${what}`, { method: "POST" });
       if (!answer.ok) tell("warn", label, TEXTS.refused);
     };
     return element("button", { type: "button", textContent: label, title: help, onclick });
@@ -157,13 +169,42 @@ class TrainPanel {
 
   /** What a click requests now: the end of this run, or one more picture. The same request is not sent twice. */
   asking(action) {
-    return action === "stop" ? this.record.run : `${this.record.run} ${this.record.pictures.length}`;
+    const { group, run, pictures } = this.record;
+    return { stop: run, stopAll: group, preview: `${run} ${pictures.length}` }[action];
   }
 
   enable() {
-    for (const action of ["stop", "preview"]) {
-      this[action].disabled = !STOPPABLE.includes(this.record.state) || this.asked[action] === this.asking(action);
+    const { state } = this.record;
+    const possible = {
+      stop: STOPPABLE.includes(state) && this.asked.stopAll !== this.asking("stopAll"),
+      stopAll: STOPPABLE.some((one) => this.concepts.count(one)),
+      preview: PREVIEWABLE.includes(state),
+    };
+    for (const action of Object.keys(possible)) {
+      this[action].disabled = !possible[action] || this.asked[action] === this.asking(action);
     }
+  }
+
+  /** Takes the latest record of a run or of one of its concepts. The concept at work is shown, until one is picked. */
+  take(record) {
+    const isOther = !record.concept || this.record?.group !== record.group;
+    if (isOther) {
+      this.picked = false;
+      this.concepts.clear();
+    }
+    const { height } = this.concepts;
+    if (record.concept) this.concepts.update(record);
+    const isNext = !this.picked && !AT_WORK.includes(this.record?.state) && AT_WORK.includes(record.state);
+    if (isOther || isNext || this.record.run === record.run) this.show(record);
+    else {
+      this.enable();
+      if (this.concepts.height !== height) this.fit();
+    }
+  }
+
+  pick(record) {
+    this.picked = true;
+    this.show(record);
   }
 
   show(record) {
@@ -171,6 +212,7 @@ class TrainPanel {
     this.hint.hidden = true;
     this.run.hidden = false;
     this.run.dataset.state = record.state;
+    this.concepts.select(record);
     setText(this.state, stateText(record));
     setText(this.details, detailText(record));
     setText(this.message, record.message);
@@ -185,6 +227,7 @@ class TrainPanel {
   /** Sets the minimum height: the canvas asks the widget for it, Vue nodes read it from the style. */
   fit() {
     let height = this.lines.offsetHeight || HEIGHTS.line; // 0 while the node is out of sight
+    height += this.concepts.height;
     if (this.record) height += HEIGHTS.buttons;
     if (this.record?.losses.length) height += HEIGHTS.chart;
     if (this.record?.pictures.length) height += HEIGHTS.pictures;
@@ -249,12 +292,16 @@ function tell(severity, summary, detail) {
   app.extensionManager.toast.add({ severity, summary, detail, life: 8000 });
 }
 
-/** Passes wheel and middle button on to the canvas, as text fields of a node do. Sideways, the strip scrolls. */
-function leaveToCanvas(root, strip) {
+/**
+ * Passes wheel and middle button on to the canvas, as text fields of a node do. Sideways, the strip scrolls; a list
+ * that has the focus does too.
+ */
+function leaveToCanvas(root, strip, list) {
   root.addEventListener("wheel", (event) => {
     const sideways = event.shiftKey || Math.abs(event.deltaX) > Math.abs(event.deltaY);
     event.stopPropagation();
     if (sideways && strip.contains(event.target) && strip.scrollWidth > strip.clientWidth) return;
+    if (!sideways && list.contains(event.target) && document.activeElement === list) return;
     event.preventDefault();
     app.canvas.processMouseWheel(event);
   });
@@ -264,11 +311,11 @@ function leaveToCanvas(root, strip) {
   root.addEventListener("pointerup", (event) => middle(event) && app.canvas.processMouseUp(event));
 }
 
-function stateText({ state, step, steps, rate, seconds_left: secondsLeft }) {
-  const parts = [filled(TEXTS[state], { step, steps })];
+function stateText({ concept, state, step, steps, rate, seconds_left: secondsLeft }) {
+  const parts = [filled(state === "waiting" ? TEXTS.concepts.waiting : TEXTS[state], { step, steps })];
   if (state === "learning" && rate > 0) parts.push(filled(TEXTS.rate, { rate: rate.toPrecision(3) }));
   if (state === "learning" && secondsLeft > 0) parts.push(filled(TEXTS.left, { time: duration(secondsLeft) }));
-  return parts.join(", ");
+  return `${concept ? `${concept} · ` : ""}${parts.join(", ")}`;
 }
 
 function detailText({ state, best, learning_rate: rate, fixed, trend, flat }) {

@@ -19,16 +19,42 @@ export function brought(dataTransfer) {
   return ours ? { files, folders } : null;
 }
 
+/**
+ * The files in a dropped folder, as `{name, files}`: one entry for each folder in it where several of these hold
+ * pictures and it has none of its own, otherwise a single one without a name.
+ */
+export async function partsOf(folder) {
+  const direct = [];
+  const inside = [];
+  for (const entry of await entriesIn(folder)) {
+    if (entry.isDirectory) inside.push({ name: entry.name, files: await filesIn(entry) });
+    else direct.push(await fileOf(entry));
+  }
+  const concepts = inside.filter(({ files }) => files.some(isPicture));
+  if (concepts.length > 1 && !direct.some(isPicture)) return [...inside, { name: "", files: direct }];
+  return [{ name: "", files: [...direct, ...inside.flatMap(({ files }) => files)] }];
+}
+
 /** All files in a folder and in those below it, but hidden ones. */
-export async function filesIn(folder) {
+async function filesIn(folder) {
+  const found = [];
+  for (const entry of await entriesIn(folder)) {
+    if (entry.isDirectory) found.push(...(await filesIn(entry)));
+    else found.push(await fileOf(entry));
+  }
+  return found;
+}
+
+async function entriesIn(folder) {
   const reader = folder.createReader();
   const found = [];
   for (;;) {
     const entries = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // some 100 at a time
     if (!entries.length) return found;
-    for (const entry of entries.filter(({ name }) => !name.startsWith("."))) {
-      if (entry.isDirectory) found.push(...(await filesIn(entry)));
-      else found.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
-    }
+    found.push(...entries.filter(({ name }) => !name.startsWith(".")));
   }
+}
+
+function fileOf(entry) {
+  return new Promise((resolve, reject) => entry.file(resolve, reject));
 }

@@ -24,7 +24,7 @@ export class PictureRequests {
     throw new Refused(filled(this.texts[answer.status === 413 ? "tooLarge" : "refused"], { status: answer.status }));
   }
 
-  /** `{pictures, left_out, folders}`. */
+  /** `{pictures, concepts, left_out, folders}`; `concepts` are folders in the folder: `{name, place, pictures}`. */
   list(place) {
     return this.ask("pictures", place, { cache: "no-store" });
   }
