@@ -124,6 +124,22 @@ def test_inspect_and_convert(tmp_path):
     assert {path.name for path in tmp_path.glob("my*")} == {f"my_v1.3{n}.safetensors" for n in ("", "-2", "-3")}
 
 
+def test_several_words_of_one_file(tmp_path):
+    words = {f"bundle_emb.<s{n}>.clip_l": torch.full((n, 768), float(n)) for n in (1, 2)}
+    save_file(words, tmp_path / "lora.safetensors")
+    shown = call("inspect", "lora.safetensors", folder=tmp_path).stdout
+    assert re.findall("^<s.>: . vectors?", shown, re.MULTILINE) == ["<s1>: 1 vector", "<s2>: 2 vectors"]
+    assert "<s1>" not in call("inspect", "lora.safetensors", "--word", "<s2>", folder=tmp_path).stdout
+    done = call("convert", "lora.safetensors", "--to", "comfyui", folder=tmp_path)
+    assert done.stdout.split() == ["s1.safetensors", "s2.safetensors"]
+    for n in (1, 2):
+        assert load_file(tmp_path / f"s{n}.safetensors")["clip_l"].tolist() == [[n] * 768] * n
+    done = call("convert", "lora.safetensors", "--to", "comfyui", "--output", "one.safetensors", folder=tmp_path)
+    assert done.stderr == (
+        "error: lora.safetensors contains <s1>, <s2>: choose one with --word, or a folder that is there as --output.\n"
+    )
+
+
 def test_inspect_imports_no_diffusers_and_is_quiet_in_a_pipe(tmp_path):
     save_file({"clip_l": torch.ones(1000, 768)}, tmp_path / "word.safetensors")
     code = (

@@ -65,7 +65,19 @@ def read(path: Path, trigger: str = "", encoders: Collection[str] = ENCODERS) ->
         word = next(iter(words))
     else:
         raise UserError(f"{path.name} contains the embeddings {listed(words)}: choose one of them.")
-    vectors = words[word]
+    return _embedding(path, word, words[word], metadata, encoders)
+
+
+def read_all(path: Path, encoders: Collection[str] = ENCODERS) -> list[Embedding]:
+    """As ``read``, every embedding of a file: one, or several words in the order of the file."""
+    tensors, metadata = open_file(path)
+    words = _by_word(tensors, encoders)
+    return [_embedding(path, word, vectors, dict(metadata), encoders) for word, vectors in words.items()]
+
+
+def _embedding(
+    path: Path, word: str, vectors: dict[str, Tensor], metadata: dict[str, str], encoders: Collection[str]
+) -> Embedding:
     outputs = [key for key in vectors if _is_output(key, encoders)]
     if outputs:  # OneTrainer's vectors behind the text encoder: no prompt can carry them
         metadata["left out"] = ", ".join(outputs)
