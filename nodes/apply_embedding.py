@@ -57,7 +57,7 @@ class ApplyEmbedding(io.ComfyNode):
         if len(embedding) > 1 and any(word.strip() for word in trigger):
             words = listed(learned.trigger for learned in embedding)
             raise UserError(f"'trigger' renames one embedding, but {words} are connected: leave it empty.")
-        inputs: tuple[Sequence[Any], ...] = (clip, trigger, strength)
+        inputs: list[Any] = [clip, trigger, strength]
         applied, told = [], []
         for run in range(max(map(len, inputs))):
             known, word, factor = (values[min(run, len(values) - 1)] for values in inputs)
