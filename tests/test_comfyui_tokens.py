@@ -3,7 +3,6 @@
 import copy
 import gc
 import weakref
-from functools import partial
 from itertools import chain
 from typing import Any
 
