@@ -106,7 +106,9 @@ class Train(io.ComfyNode):
         with LiveRun(workflow, node) as live, torch.inference_mode(False):
             sampling = preview.preview_sampler, preview.preview_scheduler
             comfy_model = ComfyModel(model[0], clip[0], vae[0], config.gradient_checkpointing, *sampling)
-            dataset = make_dataset(comfy_model.encode_images, pictures, masks, captions, config)
+            dataset = make_dataset(
+                comfy_model.encode_images, pictures, masks, captions, config, comfy_model.native_size
+            )
             request = Request(config, preview, continued, base)
             result = run_training(comfy_model, dataset, request, live, state_file)
         shown = {"text": [result.report], "textual_inversion": [live.record.to_dict()]}

@@ -61,6 +61,15 @@ def test_train_then_draw(model, tmp_path):
     assert not np.array_equal(pixels[:, :64], pixels[:, 64:])
 
 
+def test_large_pictures_without_a_size(model, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (4000, 3000), "red").save(tmp_path / "photos/photo.jpg")
+    done = call("train", "--model", model, "--images", "photos", "--init", "heart", "--steps", 2, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 pictures are scaled down to the model's own size, about 64 x 64 pixels." in done.stderr
+    assert "all scaled down to the model's 64 x 64)" in done.stderr
+
+
 TRAINING = b"at step 0"  # on the progress bar after the first step
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 

@@ -27,7 +27,7 @@ from .errors import TrainingError, TrainingStopped, UserError, listed
 from .formats import FormatName
 from .initializer import with_initializer
 from .optimizers import check_settings
-from .pictures import load_folder, to_pillow
+from .pictures import folder_files, load_folder, to_pillow
 from .prompts import check_trigger, place_trigger
 from .report import learned_embedding, more_steps, report
 from .training import Step, check_prompts, earliest_end, train
@@ -99,11 +99,12 @@ def train_command(
     check_trigger(settings.trigger)
     check_settings(settings)
     folder, name = _target(output, settings.trigger)
-    pictures, masks, captions, left_out = load_folder(images, 0)
+    folder_files(images)  # what is wrong with the folder is told before the model is loaded
+    model = pipeline.load(settings.gradient_checkpointing)
+    pictures, masks, captions, left_out = load_folder(images, 0, enough=settings.size or model.native_size)
     for file in left_out:
         _say(f"Left out {file.name}: {file.reason}.")
-    model = pipeline.load(settings.gradient_checkpointing)
-    dataset = make_dataset(model.encode_images, pictures, masks, captions, settings)
+    dataset = make_dataset(model.encode_images, pictures, masks, captions, settings, model.native_size)
     with model.training() as trainable:
         start = initial_embedding(trainable.vocabularies(), settings.trigger, settings.initializer, settings.vectors)
         check_prompts(trainable, start, dataset, settings)
