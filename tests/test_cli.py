@@ -119,7 +119,7 @@ def test_inspect_and_convert(tmp_path):
     save_file({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, tmp_path / "word.safetensors")
     done = call("inspect", "word.safetensors", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "word: 2 vectors, clip_l 768 and clip_g 1280" in done.stdout
+    assert "word: 2 vectors, SDXL: CLIP-L 768 + CLIP-G 1280" in done.stdout
     done = call("convert", "word.safetensors", "--to", "diffusers", "--output", "pair.safetensors", folder=tmp_path)
     first, second = (tmp_path / line for line in done.stdout.split())
     assert load_file(first).keys() == {"<word>"}
@@ -160,7 +160,7 @@ def test_inspect_imports_no_diffusers_and_is_quiet_in_a_pipe(tmp_path):
     shell = f"set -o pipefail; '{sys.executable}' -m textual_inversion inspect word.safetensors | head -1"
     done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "word: 1000 vectors, clip_l 768\n"
+    assert done.stdout == "word: 1000 vectors, SD1: CLIP-L 768\n"
 
 
 @pytest.mark.parametrize(
