@@ -183,6 +183,9 @@ def _modelspec(embedding: Embedding) -> dict[str, str]:
     about = {"title": embedding.trigger, "trigger_phrase": embedding.trigger, "usage_hint": USAGE}
     if family := ARCHITECTURES.get(frozenset(embedding.vectors)):
         about["architecture"] = f"{family}/textual-inversion"
+    vectors, (steps, model) = embedding.count, (embedding.metadata.get(key) for key in ("steps", "base_model"))
+    about["description"] = f"A textual inversion embedding of {vectors} vector{'s' if vectors > 1 else ''}"
+    about["description"] += f", {steps} steps" * bool(steps) + f" on {model}" * bool(model) + "."
     return {"modelspec.sai_model_spec": "1.0.1"} | {f"modelspec.{key}": value for key, value in about.items()}
 
 
