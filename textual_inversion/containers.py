@@ -66,6 +66,9 @@ def open_file(path: Path) -> Content:
         raise
     except PickleError as error:
         raise UserError(f"{path.name} was not opened: {error}") from error
+    except OSError as error:
+        problem = (error.strerror or "unknown error").lower()
+        raise UserError(f"{path.name} cannot be read ({problem}): check its name and rights.") from error
     except Exception as error:  # the libraries raise many kinds of errors for broken files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path.name} cannot be read as an embedding: {reason[:300]}") from error
