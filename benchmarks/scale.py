@@ -79,7 +79,7 @@ def runs_of(model: DiffusersModel, count: int, **settings: Any) -> list[Run]:
         word = f"<{CONCEPTS[number % 8]}-{number}>"
         (concept,) = by_concept([word], images, [], captions, "object")
         config = replace(CONFIG, trigger=word, **settings)
-        runs.append(Run(concept, concept.dataset(model.encode_images, config), model, config))
+        runs.append(Run(concept, concept.dataset(model, config), model, config))
     return runs
 
 
@@ -308,7 +308,7 @@ def library(count: int, number: int, steps: int) -> list[str]:
             learned = formats.read(base / f"words/{name}.safetensors")
             images, _, captions, _ = load_concepts(base / "held-out" / name, 0).pictures
             (concept,) = by_concept([learned.trigger], images, [], captions, "object")
-            batches = fixed_batches(concept.dataset(model.encode_images, replace(CONFIG, trigger=learned.trigger)),
+            batches = fixed_batches(concept.dataset(model, replace(CONFIG, trigger=learned.trigger)),
                                     TrainConfig(batch_size=32), 16)  # fmt: skip
             word = json.loads(learned.metadata["settings"])["initializer"]
             start = initial_embedding(model.vocabularies(), learned.trigger, word, 1)

@@ -62,7 +62,7 @@ class Run:
 
     def __init__(self, model: Any, concept: Any, config: Any) -> None:
         self.model, self.concept, self.config = model, concept, config
-        self.dataset = concept.dataset(model.encode_images, config)
+        self.dataset = concept.dataset(model, config)
 
     def begin(self, resume: bool) -> tuple[Any, Any]:
         from textual_inversion import initial_embedding

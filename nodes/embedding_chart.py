@@ -1,14 +1,13 @@
 """A chart of an embedding: vector lengths as bars, compared with ordinary words, and the nearest words."""
 
-from functools import cache
-
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..textual_inversion.embedding import Embedding
-from ..textual_inversion.inspection import Vectors, readable
+from ..textual_inversion.inspection import Vectors, readable, title
+from . import fonts
 
 WIDTH = 1024
 MOST_ROWS = 75  # vectors that fit into one section of a CLIP prompt
@@ -22,11 +21,6 @@ BAND, MIDDLE = (219, 230, 243), (120, 148, 190)
 USUAL, UNUSUAL = (62, 124, 170), (214, 100, 70)  # colours of bars inside and outside the band
 
 
-@cache
-def _font(size: int):
-    return ImageFont.load_default(size=size)
-
-
 def chart(embedding: Embedding, found: list[Vectors]) -> Tensor:
     """The chart, (1, H, 1024, 3) in 0..1, with at most 75 vectors of each text encoder."""
     heights = [
@@ -36,7 +30,7 @@ def chart(embedding: Embedding, found: list[Vectors]) -> Tensor:
     picture = Image.new("RGB", (WIDTH, top + sum(heights) + MARGIN - GAP), PAPER)
     draw = ImageDraw.Draw(picture)
     _write(draw, MARGIN, MARGIN, embedding.trigger, 32)
-    _write(draw, MARGIN, MARGIN + 42, embedding.describe(), 18, PALE)
+    _write(draw, MARGIN, MARGIN + 42, title(embedding), 18, PALE)
     for part, height in zip(found, heights, strict=True):
         _draw_part(draw, top, part)
         top += height
@@ -69,8 +63,8 @@ def _draw_part(draw: ImageDraw.ImageDraw, top: int, part: Vectors) -> None:
         draw.line((x, first - 6, x, first + ROW * len(rows) - 8), MIDDLE, 2)
     for number, (length, end) in enumerate(zip(rows, ends, strict=True)):
         y, x = first + ROW * number + BAR / 2, float(NEAREST)
-        draw.text((LEFT - 14, y), str(number + 1), PALE, _font(16), anchor="rm")
-        draw.text((end + 10, y), readable(length), INK, _font(17), anchor="lm", stroke_width=2, stroke_fill=PAPER)
+        draw.text((LEFT - 14, y), str(number + 1), PALE, fonts.own(16), anchor="rm")
+        draw.text((end + 10, y), readable(length), INK, fonts.own(17), anchor="lm", stroke_width=2, stroke_fill=PAPER)
         for word, cosine in part.nearest[number] if part.nearest else []:
             x = _write_word(draw, x, y, word, cosine)
     if len(part.lengths) > MOST_ROWS:
@@ -80,11 +74,11 @@ def _draw_part(draw: ImageDraw.ImageDraw, top: int, part: Vectors) -> None:
 def _write_word(draw: ImageDraw.ImageDraw, x: float, y: float, word: str, cosine: float) -> float:
     """Writes a word and its cosine if there is room. Returns the x of the next word."""
     value = f"{cosine:.2f}"
-    middle = x + draw.textlength(word, _font(18)) + 6
-    end = middle + draw.textlength(value, _font(14))
+    middle = x + fonts.length(draw, word, 18) + 6
+    end = middle + fonts.length(draw, value, 14)
     if end <= WIDTH - MARGIN:
-        draw.text((x, y + 6), word, INK, _font(18), anchor="ls")
-        draw.text((middle, y + 6), value, PALE, _font(14), anchor="ls")
+        fonts.write(draw, x, y + 6, word, 18, INK)
+        fonts.write(draw, middle, y + 6, value, 14, PALE)
     return end + 20
 
 
@@ -92,7 +86,7 @@ def _write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, 
     """Writes one line, shortened to end before ``right``."""
     text = "".join(letter if letter.isprintable() else " " for letter in text[:WIDTH])
     kept = text
-    while draw.textlength(kept, _font(size)) > right - x:
+    while fonts.length(draw, kept, size) > right - x:
         text = text[:-1]
         kept = f"{text} ..."
-    draw.text((x, y), kept, color, _font(size))
+    fonts.write(draw, x, y + fonts.own(size).getmetrics()[0], kept, size, color)

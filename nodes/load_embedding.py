@@ -36,13 +36,17 @@ class LoadEmbedding(io.ComfyNode):
                     "word",
                     default="",
                     optional=True,
-                    tooltip="Trigger word of the embedding to load, if the file contains several. Empty: the only one.",
+                    tooltip="Trigger word of the embedding to load, if the file contains several. Empty: all of them.",
                 ),
             ],
             outputs=[
-                EmbeddingSocket.Output(display_name="embedding", tooltip="Connect to Apply Embedding."),
+                EmbeddingSocket.Output(
+                    display_name="embedding", is_output_list=True, tooltip="Connect to Apply Embedding."
+                ),
                 io.String.Output(
-                    display_name="trigger", tooltip="The trigger word from training, or else the file name."
+                    display_name="trigger",
+                    is_output_list=True,
+                    tooltip="The trigger word from training, or else the file name.",
                 ),
             ],
         )
@@ -53,11 +57,16 @@ class LoadEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, partner=NO_PARTNER, word="") -> io.NodeOutput:
-        path = embedding_file(file)
-        if partner == NO_PARTNER:
-            embedding = formats.read(path, word.strip(), known_encoders())
+        path, word = embedding_file(file), word.strip()
+        if partner != NO_PARTNER:
+            found = [formats.read_pair(path, embedding_file(partner), known_encoders())]
+        elif word:
+            found = [formats.read(path, word, known_encoders())]
         else:
-            embedding = formats.read_pair(path, embedding_file(partner), known_encoders())
-        if left_out := embedding.metadata.get("left out"):
-            logging.warning("Load Embedding: skipped vectors of %s that cannot be used in a prompt: %s", file, left_out)
-        return io.NodeOutput(embedding, embedding.trigger)
+            found = formats.read_all(path, known_encoders())
+        for embedding in found:
+            if left_out := embedding.metadata.get("left out"):
+                logging.warning(
+                    "Load Embedding: skipped vectors of %s that cannot be used in a prompt: %s", file, left_out
+                )
+        return io.NodeOutput(found, [embedding.trigger for embedding in found])

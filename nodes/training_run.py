@@ -35,7 +35,7 @@ def run_training(
     for concept, live, state_file in zip(concepts, lives, state_files, strict=True):
         own = replace(request, config=replace(request.config, trigger=concept.trigger))
         try:
-            dataset = concept.dataset(model.encode_images, own.config)
+            dataset = concept.dataset(model, own.config)
         except UserError as error:
             errors.append(error)
             live.end("failed", message=str(error))

@@ -24,7 +24,7 @@ def tensors_in(content) -> list[torch.Tensor]:
         rows = content.detach().float()
         return [rows.reshape(-1, rows.shape[-1])] if content.is_floating_point() and content.ndim else []
     if isinstance(content, torch.nn.ParameterDict):
-        content = dict(content.items())
+        content = content.__dict__["_parameters"] or dict(content.items())  # the first as PyTorch 1 saved it
     values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
     return [rows for value in values for rows in tensors_in(value)]
 
@@ -65,14 +65,14 @@ def result(path: Path) -> str:
     """In a few words; "equal" where all is well."""
     others = by_others(path)
     try:
-        word = formats.read(path)
+        words = formats.read_all(path)
     except UserError as error:
         readable = others and all(len(rows) <= 1024 for rows in others)
         return f"{'REFUSED, others read it' if readable else 'refused'}: {str(error).removeprefix(path.name)}"
-    if others is not None and not same(list(word.vectors.values()), others):
+    if others is not None and not all(same(list(word.vectors.values()), others) for word in words):
         return "DIFFERENT from the independent reader"
     with tempfile.TemporaryDirectory() as folder:
-        failed = converted(word, Path(folder))
+        failed = ", ".join(filter(None, (converted(word, Path(folder)) for word in words)))
     return f"DIFFERENT after conversion: {failed}" if failed else "equal" if others else "equal, no other reader"
 
 

@@ -1,5 +1,6 @@
 """The templates and the ready block in a real browser."""
 
+import io
 import itertools
 import re
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from browser import opened, wait_until
 from examples import BLOCK, WORKFLOWS, demo_files, nodes_of, read
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from demo.measure import CONCEPTS
@@ -162,6 +164,35 @@ def test_what_apply_embedding_has_to_say_is_seen(page):
     said = "id => app.rootGraph.getNodeById(id).widgets.find((widget) => widget.name === 'preview_text')?.value"
     page.wait_for_function(f"({said})(4) === \"Replaces the 'Zorp' from before.\"")
     assert page.evaluate(said, 3) is None
+
+
+def test_the_model_library_shows_what_is_saved(page, interface):
+    """ComfyUI's own panel: word, thumbnail and, under the mouse, what is known about the file."""
+    inputs = {"embedding": ["1", 0], "name": "saved-heart", "overwrite": True, "picture": ["2", 0]}
+    graph = {
+        "1": {"class_type": "TI_LoadEmbedding", "inputs": {"file": "demo-heart.safetensors"}},
+        "2": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0xFF0000}},
+        "3": {"class_type": "TI_SaveEmbedding", "inputs": inputs},
+    }
+    interface.server.run(graph)
+    page.locator("body").press("m")
+    page.get_by_text("embeddings", exact=True).first.click()
+    thumbnail = page.locator('[style*="embeddings/0/saved-heart.webp"]')
+    thumbnail.hover()
+    shown = page.locator(".model_preview")
+    for told in (
+        "saved-heart.safetensors",
+        "stable-diffusion-v1",
+        "demo-heart",
+        "1 vector, 100 steps on toy.safetensors",
+    ):
+        expect(shown).to_contain_text(told)
+    address = f"{interface.server.url}/experiment/models/preview/embeddings/0/saved-heart.webp"
+    picture = Image.open(io.BytesIO(interface.server.http.get(address, timeout=60).content)).convert("RGB")
+    assert picture.getpixel((32, 32)) == pytest.approx((255, 0, 0), abs=8)
+    page.locator("body").press("m")
+    for file in (interface.server.base / "models/embeddings").glob("saved-heart.*"):
+        file.unlink()
 
 
 def overlaps(page: Page) -> list[tuple[str, str]]:

@@ -355,7 +355,8 @@ SEND = """async ([workflow, node, records]) => {
         const numbers = { step: 400, steps: 3000, planned: 800, learning_rate: 0.1, rate: 1, seconds_left: 9 };
         const losses = [...Array(401).keys()].map((step) => [step, 0.2 - step / 4000]);
         const fixed = losses.filter(([step]) => step % 10 === 0);
-        const more = { state: "done", best: 400, message: "", trend: "improving", flat: 0, losses, fixed, pictures: [] };
+        const more = { state: "done", best: 400, message: "", trend: "improving", flat: 0, losses, fixed };
+        more.pictures = [];
         const detail = { workflow, node, ...numbers, ...more, ...record };
         const began = performance.now();
         comfyAPI.api.api.dispatchCustomEvent("textual_inversion.run", detail);

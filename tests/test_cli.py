@@ -58,6 +58,15 @@ def test_train_then_draw(model, tmp_path):
     assert not np.array_equal(pixels[:, :64], pixels[:, 64:])
 
 
+def test_large_pictures_without_a_size(model, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (4000, 3000), "red").save(tmp_path / "photos/photo.jpg")
+    done = call("train", "--model", model, "--images", "photos", "--init", "heart", "--steps", 2, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 pictures are scaled down to the model's own size, about 64 x 64 pixels." in done.stderr
+    assert "all scaled down to the model's 64 x 64)" in done.stderr
+
+
 TRAINING = b"at step 0"  # on the progress bar after the first step
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -107,7 +116,7 @@ def test_inspect_and_convert(tmp_path):
     save_file({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, tmp_path / "word.safetensors")
     done = call("inspect", "word.safetensors", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "word: 2 vectors, clip_l 768 and clip_g 1280" in done.stdout
+    assert "word: 2 vectors, SDXL: CLIP-L 768 + CLIP-G 1280" in done.stdout
     done = call("convert", "word.safetensors", "--to", "diffusers", "--output", "pair.safetensors", folder=tmp_path)
     first, second = (tmp_path / line for line in done.stdout.split())
     assert load_file(first).keys() == {"<word>"}
@@ -121,6 +130,22 @@ def test_inspect_and_convert(tmp_path):
     assert {path.name for path in tmp_path.glob("my*")} == {f"my_v1.3{n}.safetensors" for n in ("", "-2", "-3")}
 
 
+def test_several_words_of_one_file(tmp_path):
+    words = {f"bundle_emb.<s{n}>.clip_l": torch.full((n, 768), float(n)) for n in (1, 2)}
+    save_file(words, tmp_path / "lora.safetensors")
+    shown = call("inspect", "lora.safetensors", folder=tmp_path).stdout
+    assert re.findall("^<s.>: . vectors?", shown, re.MULTILINE) == ["<s1>: 1 vector", "<s2>: 2 vectors"]
+    assert "<s1>" not in call("inspect", "lora.safetensors", "--word", "<s2>", folder=tmp_path).stdout
+    done = call("convert", "lora.safetensors", "--to", "comfyui", folder=tmp_path)
+    assert done.stdout.split() == ["s1.safetensors", "s2.safetensors"]
+    for n in (1, 2):
+        assert load_file(tmp_path / f"s{n}.safetensors")["clip_l"].tolist() == [[n] * 768] * n
+    done = call("convert", "lora.safetensors", "--to", "comfyui", "--output", "one.safetensors", folder=tmp_path)
+    assert done.stderr == (
+        "error: lora.safetensors contains <s1>, <s2>: choose one with --word, or a folder that is there as --output.\n"
+    )
+
+
 def test_inspect_imports_no_diffusers_and_is_quiet_in_a_pipe(tmp_path):
     save_file({"clip_l": torch.ones(1000, 768)}, tmp_path / "word.safetensors")
     code = (
@@ -132,7 +157,7 @@ def test_inspect_imports_no_diffusers_and_is_quiet_in_a_pipe(tmp_path):
     shell = f"set -o pipefail; '{sys.executable}' -m textual_inversion inspect word.safetensors | head -1"
     done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "word: 1000 vectors, clip_l 768\n"
+    assert done.stdout == "word: 1000 vectors, SD1: CLIP-L 768\n"
 
 
 @pytest.mark.parametrize(

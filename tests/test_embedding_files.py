@@ -153,10 +153,10 @@ def test_loading_gives_a_word_that_apply_takes_and_save_saves(folders, file, che
     path.parent.mkdir(exist_ok=True)
     clip = load(checkpoints["SmallSD1"]).clip
     formats.write(Embedding("w", {"clip_l": torch.rand(2, 32)}), path, "a1111")
-    embedding, trigger = LoadEmbedding.execute(file).args
+    (embedding,), (trigger,) = LoadEmbedding.execute(file).args
     from ti_pack.nodes.apply_embedding import ApplyEmbedding  # pyright: ignore[reportMissingImports]
 
-    (applied,) = ApplyEmbedding.execute(clip, embedding, "", 1.0).args
+    ((applied,),) = ApplyEmbedding.execute([clip], [embedding], [""], [1.0]).args
     row = applied.tokenize(f"a photo of {trigger} here")["l"][0]
     assert sum(torch.is_tensor(token) for token, _ in row) == 2
     assert stock(save("", embedding).removeprefix("embedding:"), folders) is not None

@@ -27,6 +27,9 @@ PROMPTS = ("a photo of {}", "{} on the beach", "a close-up photo of a {} at nigh
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+NATIVE_SIZES = {"SD1": 512, "SD2": 512, "SD2, v-prediction": 768, "PixArt alpha": 512}
+
+
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
 def family(request) -> Family:
     return request.param
@@ -43,6 +46,7 @@ def graph(family, tmp_path_factory):
 def test_keys(family, graph):
     """Every encoder that is loaded and sees the word is trained, under the key that ComfyUI looks up."""
     assert tuple(embedding_keys(graph[1])) == family.keys
+    assert ComfyModel(*graph[:3]).native_size == NATIVE_SIZES.get(family.name, 1024)
     VERIFIED[family.name].add("keys")
 
 

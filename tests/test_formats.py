@@ -694,6 +694,27 @@ def test_one_of_several_words(kind, tmp_path):
     for word in ("", "c"):
         with pytest.raises(UserError, match="contains the embeddings a, b: choose one"):
             formats.read(tmp_path / "words", word)
+    both = formats.read_all(tmp_path / "words")
+    assert [(word.trigger, word.count) for word in both] == [("a", 1), ("b", 2)]
+
+
+def test_all_of_one_word_is_that_word(tmp_path, embedding):
+    (path,) = formats.write(embedding, tmp_path / "other.safetensors")
+    (found,) = formats.read_all(path)
+    assert (found.trigger, found.metadata) == (embedding.trigger, formats.read(path).metadata)
+
+
+@pytest.mark.parametrize("keys", [("emb", "emb2"), ("clip_l", "clip_g")])
+@pytest.mark.parametrize("count", [2, 11])
+def test_a_list_of_embeddings_with_the_same_keys(tmp_path, keys, count):
+    both = dict(zip(keys, vectors(SDXL).values(), strict=True))
+    parts = [{key: rows * (n + 1) for key, rows in both.items()} for n in range(count)]
+    torch.save(parts, tmp_path / "all.pt")
+    found = formats.read_all(tmp_path / "all.pt")
+    assert [word.trigger for word in found] == [f"all-{n + 1}" for n in range(count)]
+    for n, word in enumerate(found):
+        for key, rows in vectors(SDXL).items():
+            assert torch.equal(word.for_encoders(SDXL).vectors[key], rows * (n + 1))
 
 
 @pytest.mark.parametrize("word", ["v1.3", "my.word", "<s0>"])

@@ -1,16 +1,22 @@
 """Inspect and Blend Embeddings: numbers against plain formulas, then both nodes in a real graph."""
 
+import unicodedata
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from families import FAMILIES
+from PIL import Image, features
 from safetensors.torch import load_file, save_file
+from ti_pack.nodes import fonts  # pyright: ignore[reportMissingImports]  made by conftest.py
 from ti_pack.nodes.embedding_chart import BAR, HEADING, MARGIN, MOST_ROWS, ROW, TITLE, UNUSUAL, USUAL, WIDTH, chart  # pyright: ignore[reportMissingImports]  made by conftest.py
 
 from textual_inversion import Embedding, UserError, formats
 from textual_inversion.adapters.comfyui_tokens import embedding_keys, vocabularies
 from textual_inversion.blend import blend, parse_vector_numbers, slerp, take
-from textual_inversion.inspection import Vectors, describe, inspect
+from textual_inversion.embedding import ENCODERS
+from textual_inversion.inspection import Vectors, describe, inspect, title
 
 
 def random_word(trigger, number, count=3, widths=(768, 1280), **metadata):
@@ -204,7 +210,7 @@ def test_text_without_and_with_embeddings(graph):
     known = vocabularies(graph.clip)
     word = Embedding("S*", {"clip_l": torch.full((2, 32), 0.5)}, {"steps": "300", "captions": "x" * 5000})
     text = describe(word, inspect(word, {}))
-    assert text.splitlines()[:2] == ["S*: 2 vectors, clip_l 32", "steps: 300"]
+    assert text.splitlines()[:2] == ["S*: 2 vectors, SD1: CLIP-L 32", "steps: 300"]
     assert text.splitlines()[3:] == ["clip_l: 2 x 32", "  1: length 2.828", "  2: length 2.828"]
     assert len(text) < 1500
     text = describe(word, inspect(word, known))
@@ -254,6 +260,65 @@ def test_chart_takes_any_word_and_any_number(trigger):
     assert 0 <= picture.min() < picture.max() <= 1
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_family_is_named(family):
+    """Those whose encoders two families share are named together."""
+    (told, _) = title(Embedding("S*", {key: torch.ones(1, 8) for key in family.keys})).partition(", ")[2].split(": ")
+    name = "SDXL" if family.name == "SD3 without T5" else family.name
+    assert any(name.startswith(known) for known in told.split(" or "))
+
+
+@pytest.mark.parametrize(
+    ("vectors", "expected"),
+    [
+        ({"*": 768}, "1 vector, SD1: CLIP-L 768"),
+        ({"emb": 768, "emb2": 1280}, "1 vector, SDXL: CLIP-L 768 + CLIP-G 1280"),
+        ({"clip_l": 768, "t5xxl": 4096}, "1 vector, Flux.1: CLIP-L 768 + T5-XXL 4096"),
+        ({"gpt_oss": 64}, "1 vector, gpt_oss 64"),
+        ({"a": 768, "b": 768}, "1 vector, a 768 + b 768"),
+        ({"x": 10}, "1 vector, x 10"),
+    ],
+)
+def test_encoders_are_named(vectors, expected):
+    known = frozenset(vectors) - frozenset(ENCODERS)
+    word = Embedding("S*", {key: torch.ones(1, width) for key, width in vectors.items()}, unnamed=known)
+    assert title(word) == expected
+
+
+SCRIPTS = ["café", "e\u0301te\u0301", "Кот", "γάτα", "猫", "ねこ", "고양이", "قطة", "बिल्ली", "חתול", "แมว", "🐱", "S*"]
+
+
+@pytest.fixture(params=["no fonts", "the machine's fonts", "no shaping"])
+def machine(request, monkeypatch, tmp_path) -> Iterator[str]:
+    """With which fonts labels are written."""
+    if request.param == "no fonts":
+        monkeypatch.setattr(fonts, "_folders", lambda: [tmp_path])
+    if request.param == "no shaping":
+        monkeypatch.setattr(features, "check", lambda name: False)
+    fonts._fonts.cache_clear()
+    yield request.param
+    fonts._fonts.cache_clear()
+
+
+@pytest.mark.parametrize("word", SCRIPTS)
+def test_no_letter_becomes_a_box(machine, word):
+    """It is drawn by a font that has it, or written as its number."""
+    drawn = list(fonts._runs(word, 20))
+    for part, font in drawn:
+        for letter in part:
+            box, mark = (bytes(font.getmask(sign)) for sign in ("\uffff", letter))
+            assert letter.isspace() or mark != box
+    text = "".join(part for part, _ in drawn)
+    number = f"U+{ord(unicodedata.normalize('NFC', word)[-1]):04X}"
+    if word == "S*":
+        assert text == word
+    elif machine == "no fonts" or (machine == "no shaping" and word in ("قطة", "बिल्ली", "חתול", "แมว")):
+        assert number in text
+    else:
+        assert (text == unicodedata.normalize("NFC", word)) != (number in text)
+    assert chart(Embedding(word, {"clip_l": torch.ones(1, 8)}), []).shape[2] == WIDTH
+
+
 # In a graph --------------------------------------------------------------------------------------
 
 
@@ -298,7 +363,7 @@ def test_blend_in_a_graph(server, files):
     expected = {key: slerp(rows, files["two"].vectors[key], 0.25)[1:] for key, rows in files["one"].vectors.items()}
     same(Embedding("", written), Embedding("", expected))
     (text,) = run.history["outputs"]["inspect"]["text"]
-    assert text.startswith("Both: 1 vector, clip_l 32 and clip_g 48\n")
+    assert text.startswith("Both: 1 vector, SDXL: CLIP-L 32 + CLIP-G 48\n")
     assert "steps: 300\n" in text
     assert "blend: vectors 2 of (slerp of S* and T*, weight 0.25)" in text
     assert "nearest" not in text

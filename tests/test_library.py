@@ -54,8 +54,7 @@ class Run:
 def runs_of(model: ComfyModel, concepts: Sequence[Concept], config: TrainConfig = CONFIG) -> list[Run]:
     configs = [replace(config, trigger=concept.trigger) for concept in concepts]
     return [
-        Run(concept, concept.dataset(model.encode_images, one), model, one)
-        for concept, one in zip(concepts, configs, strict=True)
+        Run(concept, concept.dataset(model, one), model, one) for concept, one in zip(concepts, configs, strict=True)
     ]
 
 

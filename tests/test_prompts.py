@@ -50,6 +50,9 @@ def test_a_slot_always_is_the_word(prompt, found, trigger):
         ("S*", "一张S*的照片, 사진S*의, S*の写真", "一张<0>的照片, 사진<0>의, <0>の写真"),
         ("猫", "一只猫的照片", "一只<0>的照片"),
         ("Кот", "Мой кот дома, КОТ; котик и скот", "Мой <0> дома, <0>; котик и скот"),
+        ("हिन्दी", "हिन्दी में हिन्दीका", "<0> में हिन्दीका"),  # ends with a vowel sign
+        ("n", "n n\u0303o", "<0> n\u0303o"),
+        ("कि", "कि की किं", "<0> की किं"),
         ("cat", "cat's, (cat:1.2) Cat! category concat cat-like bobcat cat_2", "<0>'s, (<0>:1.2) <0>! "
          "category concat cat-like bobcat cat_2"),
         ("S*", "S*S* S*-style S*s xS* _S*_", "<0><0> <0>-style <0>s xS* _S*_"),  # letters end at the *

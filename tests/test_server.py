@@ -284,6 +284,41 @@ def test_formats_of_other_tools(server):
         assert picture_of(server, server.run(graph)) == picture_of(server, run)
 
 
+def test_all_words_of_a_file(server):
+    """One Apply puts them into one CLIP, as a chain of two would; Save writes each by its own name."""
+    folder = server.base / "models/embeddings"
+    words = {f"bundle_emb.<s{n}>.clip_l": torch.full((n, 32), 0.1 * n) for n in (1, 2)}
+    save_file(words, folder / "lora.safetensors")
+
+    def applied(name: str, word: str, clip: list) -> dict:
+        file, apply = f"file {name}", f"apply {name}"
+        connected = {"clip": clip, "embedding": [file, 0], "trigger": "", "strength": 1.0}
+        return {
+            file: node("TI_LoadEmbedding", file="lora.safetensors", partner="none", word=word),
+            apply: node("TI_ApplyEmbedding", **connected),
+        }
+
+    runs = []
+    for parts in (
+        applied("all", "", ["load", 1]),
+        applied("one", "<s1>", ["load", 1]) | applied("two", "<s2>", ["apply one", 0]),
+    ):
+        graph = ordinary_graph("SmallSD1", "<s1> beside <s2>") | parts
+        graph["positive"]["inputs"]["clip"] = [list(parts)[-1], 0]
+        graph["save"] = node("TI_SaveEmbedding", embedding=[next(iter(parts)), 0], name="", overwrite=True)
+        runs.append(server.run(graph))
+    one, two = (picture_of(server, run) for run in runs)
+    assert one == two != picture_of(server, server.run(ordinary_graph("SmallSD1", "<s1> beside <s2>")))
+    assert runs[0].history["outputs"]["save"]["text"][::2] == ["embedding:s1", "embedding:s2"]
+    for n in (1, 2):
+        assert (folder / f"s{n}.safetensors").exists()
+    graph = ordinary_graph("SmallSD1") | applied("all", "", ["load", 1])
+    graph["apply all"]["inputs"]["trigger"] = "Zorp"
+    graph["positive"]["inputs"]["clip"] = ["apply all", 0]
+    with pytest.raises(RuntimeError, match="'trigger' renames one embedding, but <s1>, <s2> are connected"):
+        server.run(graph)
+
+
 def test_result_of_a_finished_run_is_on_disk(server):
     before = set((server.base / "temp").rglob("textual_inversion/*.safetensors"))
     server.run(learning_graph(seed=11))

@@ -18,6 +18,7 @@ from textual_inversion.dataset import (
 )
 from textual_inversion.objective import batch_loss, denoising_losses
 from textual_inversion.optimizers import OPTIMIZERS
+from textual_inversion.report import pictures_used
 from textual_inversion.state import load_state, save_state
 
 
@@ -227,6 +228,35 @@ def test_transparency_is_a_mask(graph, alphas):
     assert len(found) == (0 if opaque else 2)
     for ours, theirs in zip(found, expected, strict=False):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "native_size", "trained"),
+    [
+        ((3000, 4000), 0, 512, (440, 584)),  # a photo
+        ((3000, 4000), 0, 1024, (880, 1176)),
+        ((1024, 1024), 0, 512, (512, 512)),
+        ((512, 512), 0, 512, (512, 512)),
+        ((416, 632), 0, 512, (416, 632)),  # what Load Images makes of 512
+        ((64, 200), 0, 1024, (64, 200)),
+        ((1024, 1024), 768, 512, (768, 768)),
+        ((64, 64), 512, 512, (512, 512)),
+        ((20, 3000), 0, 512, (20 // 8 * 8, 3000)),  # long, but not large
+    ],
+)
+def test_size_0_is_at_most_the_models_own(side, size, native_size, trained):
+    seen = []
+
+    def encode(images):
+        seen.extend(image.shape for image in images)
+        return [torch.zeros(4, image.shape[1] // 8, image.shape[2] // 8) for image in images]
+
+    image, mask = torch.ones(1, *side, 3), torch.ones(1, *side)
+    dataset = make_dataset(encode, [image], [mask], [], TrainConfig(size=size), native_size)
+    assert seen == [(1, *trained, 3)]
+    assert dataset.masks[0].shape == (1, trained[0] // 8, trained[1] // 8)
+    told = f"all scaled down to the model's {native_size} x {native_size}"
+    assert (told in pictures_used(dataset)) == (size == 0 and trained != tuple(n // 8 * 8 for n in side))
 
 
 def test_masks_follow_their_pictures(graph):

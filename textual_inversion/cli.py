@@ -20,7 +20,7 @@ from .console import print_files, say, target
 from .dataset import GRID
 from .devices import fastest_dtype, usable_device
 from .embedding import Embedding
-from .errors import ProcessEnded, TrainingError, UserError
+from .errors import ProcessEnded, TrainingError, UserError, listed
 from .formats import FormatName
 from .pictures import to_pillow
 from .prompts import place_trigger
@@ -117,10 +117,10 @@ def inspect(file: tyro.conf.Positional[Path], partner: Path | None = None, trigg
     Args:
         file: safetensors, pt, bin, or a PNG with an embedding.
         partner: The second of two files that diffusers wrote for SDXL.
-        trigger: Which embedding to take from a file that contains several.
+        trigger: Which embedding to show of a file that contains several. Default: all.
     """
-    embedding = _read(file, partner, trigger)
-    print(inspection.describe(embedding, inspection.inspect(embedding, {})))
+    found = _read(file, partner, trigger)
+    print("\n\n".join(inspection.describe(embedding, inspection.inspect(embedding, {})) for embedding in found))
 
 
 @app.command
@@ -137,21 +137,28 @@ def convert(
     Args:
         file: safetensors, pt, bin, or a PNG with an embedding.
         to: The tool that will read it.
-        output: The new file; the format decides its suffix. Default: the name of the old one.
+        output: The new file, or a folder; the format decides the suffix. Default: the name of the old one, and the
+            words themselves where it contains several.
         partner: The second of two files that diffusers wrote for SDXL.
-        trigger: Which embedding to take from a file that contains several.
+        trigger: Which embedding to take from a file that contains several. Default: all.
         picture: The picture of a PNG card.
     """
-    embedding = _read(file, partner, trigger)
-    folder, name = target(output or file, file.name)
+    found = _read(file, partner, trigger)
+    several = len(found) > 1
+    if several and output and not output.is_dir():
+        words = listed(embedding.trigger for embedding in found)
+        raise UserError(f"{file.name} contains {words}: choose one with --word, or a folder that is there as --output.")
     shown = Image.open(picture).convert("RGB") if picture else None
-    print_files(formats.write_new(embedding, folder, name, to, shown), embedding, to)
+    for embedding in found:
+        new = target(output or file.parent, embedding.trigger) if several else target(output or file, file.name)
+        print_files(formats.write_new(embedding, *new, to, shown), embedding, to)
 
 
 @app.command
 def generate(
     pipeline: tyro.conf.OmitArgPrefixes[Pipeline],
     embedding: Path,
+    trigger: TriggerOption = "",
     prompt: str = "a photo of {}",
     output: Path = Path("with_and_without.png"),
     width: int = 512,
@@ -164,6 +171,7 @@ def generate(
 
     Args:
         embedding: The embedding file.
+        trigger: Which embedding to draw with, if the file contains several.
         prompt: The prompt, with {} or the trigger word. Without the embedding the trigger is ordinary text.
         output: The picture to write.
         width: Width of each picture in pixels.
@@ -172,7 +180,7 @@ def generate(
         steps: Sampling steps.
         cfg: Guidance scale.
     """
-    learned, model = formats.read(embedding), pipeline.load()
+    learned, model = formats.read(embedding, trigger), pipeline.load()
     text = place_trigger(prompt, learned.trigger)
     shape = (0, height // GRID, width // GRID)  # channels do not matter: the pipeline knows them
     drawn = [model.generate(text, known, shape, seed, steps, cfg)[0] for known in (None, learned)]
@@ -180,8 +188,11 @@ def generate(
     print(output)
 
 
-def _read(file: Path, partner: Path | None, trigger: str) -> Embedding:
-    return formats.read_pair(file, partner) if partner else formats.read(file, trigger)
+def _read(file: Path, partner: Path | None, trigger: str) -> list[Embedding]:
+    """The embedding that is asked for, or all of the file."""
+    if partner:
+        return [formats.read_pair(file, partner)]
+    return [formats.read(file, trigger)] if trigger else formats.read_all(file)
 
 
 def main() -> None:

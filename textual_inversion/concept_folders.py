@@ -21,7 +21,7 @@ class Loaded(NamedTuple):
     triggers: list[str]
 
 
-def load_concepts(folder: Path, size: int, square: bool = False, roots: Sequence[Path] = ()) -> Loaded:
+def load_concepts(folder: Path, size: int, square: bool = False, roots: Sequence[Path] = (), enough: int = 0) -> Loaded:
     """The pictures in ``folder``, or where there are none those in the folders inside it.
 
     The other parameters are those of ``load_folder``. A folder without pictures, or whose name makes no trigger word
@@ -29,7 +29,7 @@ def load_concepts(folder: Path, size: int, square: bool = False, roots: Sequence
     """
     inside = concepts_inside(folder, roots)
     if not inside:
-        loaded = load_folder(folder, size, square, roots)
+        loaded = load_folder(folder, size, square, roots, enough)
         loaded.left_out.extend(LeftOut(f"{one.name}/", BESIDE_PICTURES) for one in folders_inside(folder, roots))
         return Loaded(loaded, [trigger_of(folder)] * len(loaded.images))
     images, masks, captions, triggers = [], [], [], []
@@ -40,7 +40,7 @@ def load_concepts(folder: Path, size: int, square: bool = False, roots: Sequence
             check_trigger(word := trigger_of(one))
             if other := known.get(file_name(word).casefold()):
                 raise UserError(f"its name makes the same word as that of {other!r}: rename it")
-            found = load_folder(one, size, square, roots)
+            found = load_folder(one, size, square, roots, enough)
         except UserError as error:
             left_out.append(LeftOut(f"{one.name}/", str(error)))
             continue

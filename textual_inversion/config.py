@@ -51,7 +51,8 @@ class TrainConfig:
     """Pictures per step. Reduce it when memory runs out."""
 
     size: int = bounded(0, 0, 4096, 8)
-    """Resize pictures to about this many pixels per side, keeping their proportions. 0: do not resize."""
+    """Resize pictures to about this many pixels per side, keeping their proportions. 0: the model's own size (SD1 512,
+    SDXL 1024); smaller pictures stay as they are."""
 
     seed: int = bounded(0, 0, 2**63 - 1)
     """The same seed, pictures and settings give the same vectors."""

@@ -66,6 +66,9 @@ def open_file(path: Path) -> Content:
         raise
     except PickleError as error:
         raise UserError(f"{path.name} was not opened: {error}") from error
+    except OSError as error:
+        problem = (error.strerror or "unknown error").lower()
+        raise UserError(f"{path.name} cannot be read ({problem}): check its name and rights.") from error
     except Exception as error:  # the libraries raise many kinds of errors for broken files
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path.name} cannot be read as an embedding: {reason[:300]}") from error
@@ -264,7 +267,7 @@ def _scramble(count: int) -> np.ndarray:
 def _unwrap(content: Any, path: Path) -> Content:
     """The tensors of a pickled or JSON dictionary, and A1111's metadata."""
     if isinstance(content, list):  # of dictionaries: ComfyUI reads those too
-        content = _joined(content)
+        content = _joined(content, path.stem)
     if isinstance(content, View | Tensor):
         content = {"": content}
     if not isinstance(content, Mapping):
@@ -273,7 +276,7 @@ def _unwrap(content: Any, path: Path) -> Content:
     if not isinstance(vectors, Mapping):
         raise UserError(f"{path.name} is not an embedding: it contains {listed(map(str, content))}.")
     found = {str(key): value for key, value in vectors.items() if isinstance(value, View | Tensor)}
-    if not 0 < len(found) <= MAX_TENSORS:
+    if not 0 < len(found) <= (MAX_WORDS if all(key.startswith(BUNDLE) for key in found) else MAX_TENSORS):
         raise UserError(f"{path.name} is not an embedding: it contains {len(found)} tensors.")
     for key, value in found.items():
         check_shape(key, tuple(value.shape), value.dtype in FLOATS.values(), path)
@@ -282,12 +285,20 @@ def _unwrap(content: Any, path: Path) -> Content:
     return tensors, _notes(content)
 
 
-def _joined(content: list) -> dict[str, Any]:
-    """The tensors of a list of dictionaries, by key and, from the second dictionary on, a number."""
+def _joined(content: list, name: str) -> dict[str, Any]:
+    """The tensors of a list of dictionaries, by key and, from the second dictionary on, a number.
+
+    Dictionaries with the same keys, such as ``emb`` and ``emb2`` of SDXL, are an embedding each: ``name-1`` and so on.
+    """
+    parts = [{str(key): value for key, value in part.items()} for part in content if isinstance(part, dict)]
+    alike = len(parts) > 1 and all(part.keys() == parts[0].keys() for part in parts)
     found = {}
-    for number, part in enumerate(content):
-        for key, value in part.items() if isinstance(part, dict) else ():
-            found[str(key) if key not in found else f"{key} {number + 1}"] = value
+    for number, part in enumerate(parts, 1):
+        for key, value in part.items():
+            if alike and "." not in key:
+                found[f"{BUNDLE}{name}-{number}.{key}"] = value
+            else:
+                found[key if key not in found else f"{key} {number}"] = value
     return found
 
 

@@ -1,5 +1,6 @@
 """Pictures, masks and captions: checked once, resized and turned into batches of latents."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from .errors import UserError
 from .image_tokens import image_prompts, image_trigger, uses_image_tokens
 from .prompts import caption_prompt, template_prompts
 
+logger = logging.getLogger(__name__)
 SMALLEST_SIDE = 8
 FIXED_DRAWS = 16  # rows of a block of fixed batches
 MOST_NAMED = 5  # pictures or masks in a message
@@ -94,6 +96,12 @@ def resize(image: Tensor, size: int, square: bool = False) -> Tensor:
     return _crop_middle(image, height // GRID * GRID, width // GRID * GRID)
 
 
+def size_for(image: Tensor, size: int, native_size: int) -> int:
+    """``size``, or where that is 0 the model's own for a picture (1, H, W, C) that is larger; 0 keeps the scale."""
+    is_larger = native_size and math.sqrt(image.shape[1] * image.shape[2]) > native_size + GRID
+    return size or (native_size if is_larger else 0)
+
+
 def _crop_middle(image: Tensor, height: int, width: int) -> Tensor:
     top = (image.shape[1] - height) // 2
     left = (image.shape[2] - width) // 2
@@ -110,6 +118,8 @@ class Dataset:
     prompts: list[tuple[str, ...]]  # the prompts of item i, with the trigger word in place
     image_triggers: list[str]  # trigger of the per-image token in the prompts of item i, or empty
     captions: int = 0  # items whose prompt is a caption
+    scaled_down: int = 0  # items that were larger than the model's own size
+    native_size: int = 0  # that size, in pixels a side
 
     def indices_by_shape(self) -> list[list[int]]:
         """Items grouped by latent shape, in order of first appearance."""
@@ -164,10 +174,12 @@ def make_dataset(
     masks: Sequence[Tensor],
     captions: Sequence[str],
     config: TrainConfig,
+    native_size: int = 0,
 ) -> Dataset:
     """Checks and resizes the pictures and encodes each one once.
 
     ``encode_images`` maps a list of (1, H, W, 3) to a list of latents (C, h, w). Without masks, transparency is one.
+    ``native_size``, if given, is what ``size`` 0 scales larger pictures down to.
     Raises UserError as ``check_pictures`` and ``template_prompts`` do, and for latents that are not numbers.
     """
     masks = masks or _transparency(images)
@@ -183,16 +195,22 @@ def make_dataset(
             prompts.append((caption_prompt(caption, config.trigger, config.kind),))
         else:
             prompts.append(image_prompts(config.kind, config.trigger, image) if image else templates)
-    pixels = [resize(image[..., :3], config.size) for image in images]
+    sizes = [size_for(image, config.size, native_size) for image in images]
+    scaled_down = 0 if config.size else sum(map(bool, sizes))
+    if scaled_down:
+        told = "Textual inversion: %d of %d pictures are scaled down to the model's own size, about %d x %d pixels."
+        logger.info(told, scaled_down, len(images), native_size, native_size)
+    pixels = [resize(image[..., :3], size) for image, size in zip(images, sizes, strict=True)]
     latents = encode_images(pixels)
     mirrored = encode_images([image.flip(2) for image in pixels]) if config.flip_probability else []
     _check_latents(latents)
     _check_latents(mirrored)
     latent_masks = [
-        _latent_mask(mask, image, latent, config.size, number)
-        for number, (mask, image, latent) in enumerate(zip(masks, images, latents, strict=False), 1)
+        _latent_mask(mask, image, latent, size, number)
+        for number, (mask, image, latent, size) in enumerate(zip(masks, images, latents, sizes, strict=False), 1)
     ]
-    return Dataset(latents, mirrored, latent_masks, prompts, image_triggers, sum(map(bool, map(str.strip, captions))))
+    with_captions = sum(map(bool, map(str.strip, captions)))
+    return Dataset(latents, mirrored, latent_masks, prompts, image_triggers, with_captions, scaled_down, native_size)
 
 
 def _transparency(images: Sequence[Tensor]) -> list[Tensor]:

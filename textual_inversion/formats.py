@@ -65,7 +65,19 @@ def read(path: Path, trigger: str = "", encoders: Collection[str] = ENCODERS) ->
         word = next(iter(words))
     else:
         raise UserError(f"{path.name} contains the embeddings {listed(words)}: choose one of them.")
-    vectors = words[word]
+    return _embedding(path, word, words[word], metadata, encoders)
+
+
+def read_all(path: Path, encoders: Collection[str] = ENCODERS) -> list[Embedding]:
+    """As ``read``, every embedding of a file: one, or several words in the order of the file."""
+    tensors, metadata = open_file(path)
+    words = _by_word(tensors, encoders)
+    return [_embedding(path, word, vectors, dict(metadata), encoders) for word, vectors in words.items()]
+
+
+def _embedding(
+    path: Path, word: str, vectors: dict[str, Tensor], metadata: dict[str, str], encoders: Collection[str]
+) -> Embedding:
     outputs = [key for key in vectors if _is_output(key, encoders)]
     if outputs:  # OneTrainer's vectors behind the text encoder: no prompt can carry them
         metadata["left out"] = ", ".join(outputs)
@@ -171,6 +183,9 @@ def _modelspec(embedding: Embedding) -> dict[str, str]:
     about = {"title": embedding.trigger, "trigger_phrase": embedding.trigger, "usage_hint": USAGE}
     if family := ARCHITECTURES.get(frozenset(embedding.vectors)):
         about["architecture"] = f"{family}/textual-inversion"
+    vectors, (steps, model) = embedding.count, (embedding.metadata.get(key) for key in ("steps", "base_model"))
+    about["description"] = f"A textual inversion embedding of {vectors} vector{'s' if vectors > 1 else ''}"
+    about["description"] += f", {steps} steps" * bool(steps) + f" on {model}" * bool(model) + "."
     return {"modelspec.sai_model_spec": "1.0.1"} | {f"modelspec.{key}": value for key, value in about.items()}
 
 

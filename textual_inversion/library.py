@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from .adapters.protocol import TrainableModel
+from .adapters.protocol import DiffusionModel, TrainableModel
 from .config import TrainConfig
 from .dataset import Dataset, check_captions, make_dataset
 from .devices import is_out_of_memory
@@ -43,8 +43,8 @@ class Concept:
     beside: tuple[str, ...] = ()
     """Trigger words of other concepts that its captions name."""
 
-    def dataset(self, encode_images: Callable, config: TrainConfig) -> Dataset:
-        return make_dataset(encode_images, self.images, self.masks, self.captions, config)
+    def dataset(self, model: DiffusionModel, config: TrainConfig) -> Dataset:
+        return make_dataset(model.encode_images, self.images, self.masks, self.captions, config, model.native_size)
 
 
 def by_concept(

@@ -52,18 +52,19 @@ class FolderFiles(NamedTuple):
     """Links to elsewhere."""
 
 
-def load_folder(folder: Path, size: int, square: bool = False, roots: Sequence[Path] = ()) -> Pictures:
+def load_folder(folder: Path, size: int, square: bool = False, roots: Sequence[Path] = (), enough: int = 0) -> Pictures:
     """The pictures of a folder with their masks and captions.
 
     Rotates as EXIF says; transparent parts become white in the picture and black in the mask.
-    ``size`` and ``square`` as for ``resize``, ``roots`` as for ``folder_files``.
+    ``size`` and ``square`` as for ``resize``, ``roots`` as for ``folder_files``. ``enough`` is what pictures that keep
+    their size will be scaled down to: those several times as large come out at a fraction of their size.
     Raises UserError when no picture is left, or as ``folder_files`` does.
     """
     files = folder_files(folder, roots)
     images, masks, captions, left_out = [], [], [], list(files.left_out)
     for file in files.pictures:
         try:
-            image, mask = _tensors(decoded(file, size, square), size, square)
+            image, mask = _tensors(decoded(file, size or enough, square), size, square)
         except UserError as error:
             left_out.append(LeftOut(file.name, str(error)))
             continue

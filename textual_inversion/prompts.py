@@ -1,6 +1,7 @@
 """The prompts of the pictures during training, from templates or captions, and the rules for trigger words."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
 from .errors import UserError
@@ -59,7 +60,9 @@ _WITHOUT_BLANKS = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
-_LETTER = rf"[^\W{_WITHOUT_BLANKS}]"
+# Vowel signs and accents of their own, which belong to the letter before, but to Python are no part of a word.
+_MARKS = "".join(chr(number) for number in range(0x300, 0x20000) if unicodedata.category(chr(number))[0] == "M")
+_LETTER = rf"(?:(?![{_WITHOUT_BLANKS}])[\w{_MARKS}])"
 # What ComfyUI takes for a file: a trigger word in it is none.
 _FILE = r"embedding:[^\s,()]+"
 

@@ -95,6 +95,9 @@ def pictures_used(dataset: Dataset) -> str:
         for what, count in shares.items()
         if count or what == "captions"
     ]
+    if dataset.scaled_down:
+        scaled = "all" if dataset.scaled_down == pictures else dataset.scaled_down
+        found.append(f"{scaled} scaled down to the model's {dataset.native_size} x {dataset.native_size}")
     return f"{pictures} picture{'s' if pictures > 1 else ''} ({', '.join(found)})"
 
 

@@ -36,6 +36,9 @@ from .vocabulary import initial_embedding
 if TYPE_CHECKING:
     from .adapters.diffusers_pipeline import DiffusersModel
 
+LARGEST_NATIVE_SIZE = (
+    1024  # of the families: pictures are read before the model, in memory that does not grow with them
+)
 SAVE_EVERY = 10  # steps between writes of what is needed to go on
 Existing = Literal["skip", "replace"]
 
@@ -99,7 +102,8 @@ def make_plan(order: Order, together: Processes, tell: Callable[[str], None]) ->
         folder, run_name = target(order.output, settings.trigger)
         if order.existing != "skip":
             raise UserError("--existing is for a library: the file of a single word is never replaced.")
-    (images, masks, captions, left_out), triggers = load_concepts(order.images, 0)
+    enough = settings.size or LARGEST_NATIVE_SIZE
+    (images, masks, captions, left_out), triggers = load_concepts(order.images, 0, enough=enough)
     for file in left_out:
         tell(f"Left out {file.name}: {file.reason}.")
     concepts = by_concept(triggers if library else [settings.trigger], images, masks, captions, settings.kind)
@@ -253,7 +257,7 @@ class Run:
 
     def _dataset(self, model: "DiffusersModel", planned: Planned) -> Dataset | None:
         try:
-            return planned.concept.dataset(model.encode_images, planned.config)
+            return planned.concept.dataset(model, planned.config)
         except UserError as error:
             self._refuse(planned, error)
             return None

@@ -6,7 +6,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from uuid import uuid4
 
+import comfy.latent_formats
 import comfy.ldm.modules.attention
+import comfy.model_base
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
@@ -281,6 +283,14 @@ class ComfyModel:
                     check_whole(counts, embedding.count, prompt)
 
     # The diffusion model ------------------------------------------------------------------------
+
+    @property
+    def native_size(self) -> int:
+        # ComfyUI knows no sizes of pictures. The autoencoder of SD1 is that of SD2 too, whose larger model predicts v.
+        model = self._patcher.model
+        if not isinstance(self._patcher.get_model_object("latent_format"), comfy.latent_formats.SD15):
+            return 1024
+        return 768 if model.model_type is comfy.model_base.ModelType.V_PREDICTION else 512
 
     def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
         """One at a time: shapes differ, and video autoencoders take a batch for frames. See ``DiffusionModel``.

@@ -22,6 +22,8 @@ from ..vocabulary import Vocabulary
 # parser would read "(embedding:NAME)" as a weight.
 _NAME = f"{MARK}ti-embedding-{{}}{MARK}"
 _NAMED = re.compile(_NAME.format(r"(\d+)"))
+# Ends text around names whose last line break ComfyUI would cut off, or whose blank the name needs. Nobody types it.
+_END = "\ue0f3"
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -71,6 +73,7 @@ class _NamesToVectors:
 
     vectors: dict[str, Rows | None]  # by trigger; without vectors for this encoder, the trigger stays text
     embedding_directory: Any
+    tokenizer: Any
     knows_triggers = True  # not inside a whole tokenizer: the words of a template are no triggers
     as_dictionaries = False
 
@@ -78,15 +81,35 @@ class _NamesToVectors:
         if self.knows_triggers:
             text = _with_names(text, self.vectors)
         text = _without_names(text, {n: word for n, (word, rows) in enumerate(self.vectors.items()) if rows is None})
-        sections = super().tokenize_with_weights(text, *args, **kwargs)  # type: ignore[misc]
+        inside, text = (self._verbatim(), _with_ends(text)) if self.is_ours_alone() else (self, text)
+        sections = super(_NamesToVectors, inside).tokenize_with_weights(text, *args, **kwargs)  # type: ignore[misc]
         if self.as_dictionaries:
             return [[(_dictionary(token), *rest) for token, *rest in section] for section in sections]
         return sections
 
+    def _verbatim(self) -> Any:
+        """A copy that takes the marks of ``_with_ends`` off the text between names."""
+        inside, tokenizer = copy.copy(self), self.tokenizer
+        inside.tokenizer = lambda piece, *args, **kwargs: tokenizer(re.sub(f"{_END} ?", "", piece), *args, **kwargs)
+        return inside
+
+    def _begins_with(self) -> str:
+        """What the tokenizer puts in front of a text by itself: a blank, or nothing."""
+        blank, letter = (len(self.tokenizer(text)["input_ids"]) for text in (" a", "a"))
+        return " " if blank > letter else ""
+
+    def is_ours_alone(self) -> bool:
+        """Whether stock embeddings do not reach this encoder, or fail in it."""
+        return self.as_dictionaries or not self.embedding_directory
+
     def _try_get_embedding(self, embedding_name: str):
-        name, *rest = embedding_name.split()
-        if match := _NAMED.fullmatch(name):
-            return list(self.vectors.values())[int(match[1])], name, " ".join(rest)
+        if match := _NAMED.match(embedding_name):
+            rows, after = list(self.vectors.values())[int(match[1])], embedding_name[match.end() :].removeprefix(" ")
+            # As stock, line breaks become blanks: a file gives the same tokens. Where there is no stock, they stay.
+            after = after.removeprefix(self._begins_with()) if self.is_ours_alone() else " ".join(after.split())
+            return rows, match.group(), after
+        if not self.embedding_directory:
+            return None, embedding_name, f"embedding:{embedding_name}"  # text, as it is to stock
         return super()._try_get_embedding(embedding_name)  # type: ignore[misc]
 
 
@@ -114,6 +137,12 @@ def _named(number: int, before: str) -> str:
     # ComfyUI's parser wants a name apart from punctuation and brackets. Not one blank more: other
     # tokenizers than CLIP's make a token of it.
     return f"{'' if not before or before[-1].isspace() else ' '}embedding:{_NAME.format(number)} "
+
+
+def _with_ends(text: str) -> str:
+    """The text with ``_END`` where ComfyUI would cut off line breaks, and where a blank stands before a name alone."""
+    text = re.sub(r"\n(?=\Z|[()])", f"\n{_END}", text)
+    return re.sub(f"(\n| ?)(?=embedding:{MARK})", lambda match: f"{match[1].strip(' ')}{_END} ", text)
 
 
 def _dictionary(token: Any) -> Any:

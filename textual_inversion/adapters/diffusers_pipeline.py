@@ -214,6 +214,12 @@ class DiffusersModel:
 
     # The diffusion model ------------------------------------------------------------------------
 
+    @property
+    def native_size(self) -> int:
+        # What the pipelines themselves draw where nobody says a size; SD1's and SD2's have it in the network alone.
+        latents = getattr(self._pipeline, "default_sample_size", None) or self._network.config.sample_size
+        return (latents if isinstance(latents, int) else min(latents)) * self._pipeline.vae_scale_factor
+
     @torch.no_grad()
     def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
         """One at a time, since shapes differ; the most likely latent where the VAE gives a distribution."""

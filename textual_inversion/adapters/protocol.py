@@ -18,6 +18,11 @@ from ..vocabulary import Vocabulary
 class DiffusionModel(Protocol):
     """A frozen diffusion model with its text encoders and autoencoder; latents are in its own scale."""
 
+    @property
+    def native_size(self) -> int:
+        """Pixels a side of the square pictures that the model was trained on."""
+        ...
+
     def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Pictures (1, H, W, 3) in 0..1 to latents (C, h, w), one by one.
 
