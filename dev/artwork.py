@@ -67,7 +67,7 @@ TEMPLATES = {  # and the concepts that each of them learns for its thumbnail
     "Train an embedding (Flux)": "moon",
     "Train a style (SD1.5)": "lagoon",
     "Train an embedding further": "heart",
-    "Learn a library (SD1.5)": "heart moon star",
+    "Learn a library": "heart moon star",
     "Prompts with and without": "",
     "Inspect and blend": "",
 }

@@ -21,7 +21,7 @@ def read(path: Path) -> dict:
 
 def pictures_for(path: Path) -> str:
     """The folder in input/ for a template: of ``CONCEPT``, or with a folder for each of ``LIBRARY``."""
-    return "library" if path.stem.startswith("Learn a library") else CONCEPT
+    return "library" if path.stem == "Learn a library" else CONCEPT
 
 
 def nodes_of(workflow: dict, kind: str = "") -> list[dict]:

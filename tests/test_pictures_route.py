@@ -80,19 +80,17 @@ def test_a_folder_of_folders_is_a_list_of_concepts(server, folder):
         (folder / name).write_bytes(picture())
     (folder / "Thumbs.db").write_bytes(b"no picture")
     (folder / "cat/notes.md").write_text("no picture")
-    for place in ({"folder": "listed"}, {"folder": "", "path": f'"{folder}"'}):
-        answer = ask(server, PICTURES, **place).json()
+    for by_name, path in (("listed", ""), ("", f'"{folder}"')):
+        answer = ask(server, PICTURES, folder=by_name, path=path).json()
         assert answer["pictures"] == []
         found = [(one["name"], [shown["name"] for shown in one["pictures"]]) for one in answer["concepts"]]
         assert found == [("cat", ["a.png", "b.png"]), ("my dog", ["a.png"])]
         assert [file["name"] for file in answer["left_out"]] == ["Thumbs.db", "cat/notes.md", "empty/"]
         inside = answer["concepts"][1]["place"]
         assert ask(server, THUMBNAIL, **inside, name="a.png").status_code == 200
+    inputs = {"folder": "listed", "path": "", "crop": "square", "size": 0}
     graph = {
-        "load": {
-            "class_type": "TI_LoadImages",
-            "inputs": {"folder": "listed", "path": "", "crop": "square", "size": 0},
-        },
+        "load": {"class_type": "TI_LoadImages", "inputs": inputs},
         "shown": {"class_type": "PreviewAny", "inputs": {"source": ["load", 3]}},
     }
     outputs = server.run(graph).history["outputs"]
