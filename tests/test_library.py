@@ -13,9 +13,9 @@ from PIL import Image
 from textual_inversion import Step, TrainConfig, UserError, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.concept_folders import load_concepts
-from textual_inversion.dataset import Dataset
+from textual_inversion.dataset import Dataset, fixed_batches
 from textual_inversion.embedding import Embedding
-from textual_inversion.gradients import compute_gradients
+from textual_inversion.gradients import Share, compute_gradients
 from textual_inversion.library import (
     Concept,
     by_concept,
@@ -24,6 +24,8 @@ from textual_inversion.library import (
     linked,
     unknown_words,
 )
+from textual_inversion.processes import Processes
+from textual_inversion.training import learn
 
 CONFIG = TrainConfig(initializer="toy", steps=4, batch_size=2, evaluate_every=4, patience=0)
 WORDS = ("<dog>", "<cat>", "<car>")
@@ -120,7 +122,7 @@ def test_passes_are_shared_and_ended_concepts_make_room(sd1, pictures, monkeypat
 def test_one_can_be_stopped_and_one_can_fail(sd1, pictures):
     model = ComfyModel(*sd1)
     runs = runs_of(model, three(pictures))
-    runs[1].config = replace(runs[1].config, vectors=1, learning_rate=float("inf"))  # NaN in its second step
+    runs[1].dataset = replace(runs[1].dataset, latents=[torch.full_like(x, torch.nan) for x in runs[1].dataset.latents])
 
     def stop_dog(run: Run, step: Any) -> bool | None:
         return True if run.concept.trigger == "<dog>" and step.number == 3 else None
@@ -184,6 +186,66 @@ def test_one_that_cannot_begin_stays_text_beside_the_others(sd1, pictures):
     assert [type(step) for step in last.values()] == [Step, UserError, Step]
 
 
+def test_captions_name_what_was_learned_before(sd1, pictures):
+    """Its vectors are used as they are; without them the word would be ordinary text."""
+    model = ComfyModel(*sd1)
+    dog, cat = by_concept(["<dog>", "<cat>"], pictures(2), [], ["{} next to <cat>", ""], "object")
+    assert linked([dog]) == [[0]]
+    last: list[Any] = []
+    with model.training() as trainable:
+        for scale in (1.0, -1.0):
+            known = {cat.trigger: initial_embedding(trainable.vocabularies(), cat.trigger, "car", 1).scaled(scale)}
+            *_, (_, step) = learn_together(trainable, runs_of(model, [dog]), known=known)
+            last.append(step)
+    assert last[0].number == CONFIG.steps
+    assert last[0].progress.initial_loss != last[1].progress.initial_loss
+
+
+def test_after_a_round_all_are_at_the_same_step(sd1, pictures):
+    model = ComfyModel(*sd1)
+    runs, seen, rounds = runs_of(model, three(pictures)), {}, []
+    with model.training() as trainable:
+        for run, step in learn_together(
+            trainable,
+            runs,
+            2,
+            after_round=lambda learning: rounds.append([seen[one.concept.trigger] for one in learning]),
+        ):
+            assert isinstance(step, Step)
+            seen[run.concept.trigger] = step.number
+    assert rounds == [[1, 1], [2, 2], [3, 3], [], [1], [2], [3], []]
+
+
+class OneIsFull(Processes):
+    """Two processes, of which the other one runs out of memory."""
+
+    def sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        return torch.cat([numbers[:1], numbers[1:2] + 1, numbers[2:]])
+
+
+def test_all_processes_hear_that_one_is_out_of_memory(sd1, pictures):
+    """All compute a smaller pass then; otherwise they would wait for each other for ever."""
+    model = ComfyModel(*sd1)
+    (run,) = runs_of(model, three(pictures)[:1])
+    with model.training() as trainable:
+        embedding, config = run.begin(False)
+        learner = learn(trainable, embedding.trainable(), run.dataset, config)
+        next(learner)
+        share = learner.send(None)
+        assert isinstance(share, Share)
+        with pytest.raises(MemoryError):
+            compute_gradients(trainable, share, processes=OneIsFull(0, 2))
+
+
+def test_rows_of_a_pass_are_dealt_out_to_all(sd1, pictures):
+    """Also those of several concepts with one row each."""
+    model = ComfyModel(*sd1)
+    dataset = runs_of(model, three(pictures)[:1])[0].dataset
+    (batch,) = fixed_batches(dataset, replace(CONFIG, batch_size=3), 3)
+    rows = [[Processes(rank, 2).rows_of(batch, before) for rank in range(2)] for before in (0, 1)]
+    assert [[len(part.prompts) for part in parts if part] for parts in rows] == [[2, 1], [1, 2]]
+
+
 def test_resumes(sd1, pictures):
     """Every concept goes on where it was; on a CPU they end as without a break."""
     model = ComfyModel(*sd1)
@@ -192,14 +254,12 @@ def test_resumes(sd1, pictures):
     states: dict[str, Any] = {}
 
     def note(run: Run, step: Any) -> None:
-        if isinstance(step, Step):
+        if step.number == 2:
             states[run.concept.trigger] = copy.deepcopy(step.state.to_dict())
 
     with model.training():
-        whole = learned(model, runs_of(model, concepts), 1)
+        whole = learned(model, runs_of(model, concepts), 1, note)
     with model.training():
-        runs = runs_of(model, concepts, replace(CONFIG, steps=2))
-        learned(model, runs, 1, note)
         runs = runs_of(model, concepts)
         for run in runs:
             run.saved = states[run.concept.trigger]

@@ -40,6 +40,7 @@ LARGEST_NATIVE_SIZE = (
     1024  # of the families: pictures are read before the model, in memory that does not grow with them
 )
 SAVE_EVERY = 10  # steps between writes of what is needed to go on
+INTERRUPTED = "Interrupted at step {}."
 Existing = Literal["skip", "replace"]
 
 
@@ -60,7 +61,7 @@ class Order:
     existing: Existing
 
 
-@dataclass
+@dataclass(eq=False)
 class Planned:
     """A concept of the pictures, before the model is there."""
 
@@ -71,6 +72,10 @@ class Planned:
     fingerprint: str
     saved: Entry | None = None
     is_done: bool = False
+
+    def forget_pictures(self) -> None:
+        """A library is large, and what is learned needs latents only."""
+        self.concept = replace(self.concept, images=[], masks=[])
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def _look_for_earlier(
 # What is learned --------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Word:
     """One concept while it learns, and what has become of it. A ``library.ConceptRun``."""
 
@@ -175,7 +180,7 @@ class Word:
             self.seconds = entry["seconds"]
             self.config = replace(self.planned.config, initializer=entry["initializer"])
         else:
-            self.config = self.search(self)
+            self.seconds, self.config = 0.0, self.search(self)
         vocabularies, config = self.model.vocabularies(), self.config
         self.start = initial_embedding(vocabularies, config.trigger, config.initializer, config.vectors)
         return self.start, config
@@ -233,6 +238,9 @@ class Run:
         self.processes = together if self.splits_batches else ALONE
         mine = groups if self.splits_batches else groups[together.rank :: together.count]
         self.planned = [plan.waiting[number] for number in sorted(number for group in mine for number in group)]
+        for word in plan.words:
+            if word not in self.planned:
+                word.forget_pictures()
         self.writes = self.processes.rank == 0
         self.words: list[Word] = []
         self.rows: dict[str, Row] = {}
@@ -262,7 +270,7 @@ class Run:
             self._refuse(planned, error)
             return None
         finally:
-            planned.concept = replace(planned.concept, images=[], masks=[])  # a library is large
+            planned.forget_pictures()
 
     def _add(self, model: TrainableModel, planned: Planned, dataset: Dataset) -> None:
         config = planned.config
@@ -325,7 +333,7 @@ class Run:
 
     def _follow(self, model: TrainableModel, known: dict[str, Embedding], bar: "Bar") -> None:
         groups = linked([word.concept for word in self.words])
-        self.mates = {id(self.words[n]): [self.words[m] for m in group] for group in groups for n in group}
+        self.mates = {self.words[n]: [self.words[m] for m in group] for group in groups for n in group}
         at_once = self.order.settings.concepts_at_once if len(self.words) > 1 else 1
         news = learn_together(model, self.words, at_once, self.processes, known, self._after_round)
         reply: Reply = None
@@ -356,6 +364,8 @@ class Run:
         if word.last is None:
             if news.number:
                 bar.tell(f"{word.concept.trigger} goes on after step {news.number}.")
+            elif word.saved:
+                bar.tell(f"{word.concept.trigger} starts over: the model changed since its unfinished run.")
             if self.plan.is_library:  # what a step takes is said once
                 logging.getLogger(__package__).setLevel(logging.WARNING)
         elif word.last is not None and news.number > word.last.number:
@@ -366,14 +376,14 @@ class Run:
         if not self.processes.any(bool(self.stop.code)):
             return None
         self._save([word])
-        word.problem = f"Interrupted at step {news.number}."
+        word.problem = INTERRUPTED.format(news.number)
         return True
 
     def _after_round(self, learning: Sequence[Word]) -> None:
         """Everything is at rest: the only time at which the states of concepts belong together."""
         self.rounds += 1
         ended = [word for word in self.words if (word.last or word.problem) and not word.is_closed]
-        ended = [word for word in ended if all(word is not other for other in learning)]
+        ended = [word for word in ended if word not in learning]
         stopping = self.plan.is_library and self.processes.any(bool(self.stop.code))
         if (self.plan.is_library and (ended or stopping)) or (learning and self.rounds % SAVE_EVERY == 0):
             self._save(learning)  # what has ended too, until its file is there
@@ -385,13 +395,14 @@ class Run:
     def _save(self, learning: Sequence[Word]) -> None:
         if not self.writes:
             return
-        content = Unfinished(dict(self.kept), {})
+        content = Unfinished(dict(self.kept))
+        if self.order.existing == "replace":
+            new = [word for word in self.plan.words if word.is_done] + [w.planned for w in self.words if w.is_closed]
+            content.done = {word.concept.trigger: word.fingerprint for word in new}
         for word in self.words:
-            if word.is_closed:
-                content.done[word.concept.trigger] = word.planned.fingerprint
-            if all(mate.is_closed for mate in self.mates[id(word)]):
+            if all(mate.is_closed for mate in self.mates[word]):
                 continue
-            if entry := word.entry(ended=all(word is not other for other in learning)):
+            if entry := word.entry(ended=word not in learning):
                 content.concepts[word.concept.trigger] = entry
         try:
             self.plan.files.write(content)
@@ -419,8 +430,8 @@ class Run:
         assert word.last is not None
         assert word.start is not None
         ended = word.problem
-        if self.stop.code and ended.startswith("Interrupted at"):
-            ended += f" {more_steps(word.last.progress, word.config)}"
+        if ended == INTERRUPTED.format(word.last.number):
+            ended += f" {more_steps(word.last.progress, word.config)} The same command goes on from here."
         if self.writes:
             say(report(model, word.dataset, word.config, word.start, word.last, repr(word.config.initializer), ended))
 

@@ -1,13 +1,13 @@
 """Where the command line keeps what it needs to go on after it was killed: one file a process, beside its results."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .formats import file_name
-from .state import load_state, save_state
+from .state import PARTIAL, load_state, save_state
 
 FOLDER = "unfinished"
 
@@ -49,18 +49,19 @@ class UnfinishedFiles:
 
     def read(self) -> Unfinished:
         """What all processes have written; what is damaged, or of another version, is left out."""
-        contents = [load_state(path) for path in self._all()]
+        contents = [load_state(path) for path in self._all(".state")]
         return Unfinished.merged(Unfinished(**content) for content in contents if content is not None)
 
     def write(self, content: Unfinished) -> None:
         save_state(self.own, vars(content))
 
     def remove(self) -> None:
-        for path in self._all():
+        for path in self._all(".state", PARTIAL):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # another run waits there too, or there never was a folder
             self.folder.rmdir()
 
-    def _all(self) -> Sequence[Path]:
-        names = (path.name.split(".") for path in self.folder.glob("*.state"))
-        return sorted(self.folder / ".".join(parts) for parts in names if ".".join(parts[:-2]) == self.name)
+    def _all(self, *suffixes: str) -> list[Path]:
+        """``NAME.RANK.state``; in a name there may be dots."""
+        found = [path for suffix in suffixes for path in self.folder.glob(f"*{suffix}")]
+        return sorted(path for path in found if path.name.rsplit(".", 2)[0] == self.name)
