@@ -169,10 +169,10 @@ def test_the_concepts_of_a_run_are_listed_shown_and_stopped(page, server, librar
     expect(run(panel, "learning")).to_contain_text("<dog> · Training")
 
     panel.get_by_role("button", name="Stop all").click()
-    expect(panel).to_contain_text("2 of 3 done, 1 failed")
+    expect(panel).to_contain_text("2 of 3 done")
     expect(panel.get_by_role("button", name="Stop all")).to_be_disabled()
-    option(panel, "failed <owl>").click()
-    expect(run(panel, "failed")).to_contain_text("Stopped before it began.")
+    option(panel, "cancelled <owl>").click()
+    expect(run(panel, "cancelled")).to_contain_text("Stopped before it began.")
     wait_until(lambda: not is_running(server))
     history = server.http.get(f"{server.url}/history?max_items=1", timeout=60).json()
     (outputs,) = [entry["outputs"] for entry in history.values()]
