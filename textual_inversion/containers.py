@@ -102,8 +102,10 @@ def check_shape(key: str, shape: tuple[int, ...], is_float: bool, path: Path) ->
     fits = len(shape) in (1, 2) and 0 < rows <= MAX_VECTORS and 0 < shape[-1] <= MAX_WIDTH
     if len(key) > MAX_KEY:
         raise UserError(f"{path.name} is not an embedding: it has a key of {len(key)} characters.")
-    if not (fits and is_float):
+    if not fits:
         raise UserError(f"{path.name} is not an embedding: {key or 'it'} has shape {shape[:8]}.")
+    if not is_float:
+        raise UserError(f"{path.name} is not an embedding: {key or 'it'} holds no floating-point numbers.")
 
 
 def _check_count(numbers: int, path: Path) -> None:
