@@ -43,7 +43,7 @@ def stock(name: str, folders: list[Path]) -> Any:
 def save(
     name: str, embedding: Embedding = WORD, overwrite: bool = False, format: formats.FormatName = "comfyui"
 ) -> str:
-    return SaveEmbedding.execute(embedding, name, overwrite, format).args[0]
+    return SaveEmbedding.execute([embedding], [name], [overwrite], [format]).args[0][0]
 
 
 def picture(path: Path) -> None:

@@ -943,6 +943,16 @@ def test_a_folder_of_folders_gives_a_word_each(server, library):
     assert len({record["group"] for record in last.values()}) == 1
 
 
+def test_several_embeddings_never_replace_one_another(server, library):
+    graph = library_graph(library, seed=51)
+    graph["save"]["inputs"] |= {"name": "both", "overwrite": True}
+    run = server.run(graph, check=False)
+    assert "2 embeddings would replace one another as 'both': leave 'name' empty" in run.error["exception_message"]
+    graph["save"]["inputs"]["overwrite"] = False
+    told = server.run(graph).history["outputs"]["save"]["text"]
+    assert [line for line in told if line.startswith("embedding:")] == ["embedding:both", "embedding:both-2"]
+
+
 def test_a_cancelled_library_goes_on(server, library):
     """Of those that are done nothing is learned again, and all come out as without a break."""
 
