@@ -447,8 +447,8 @@ def test_paths_as_people_paste_them(input_folder, tmp_path, monkeypatch):
     picture().save(place / "a.png")
     paths = (f"{place}", f"  {place}/ ", f'"{place}"', f"'{place}'", place.as_uri(), "~/my cat", f"{place}/../my cat")
     for path in (*paths, f"file://localhost{place.as_uri()[7:]}"):
-        images, masks, captions = load(path=path).args
-        assert (len(images), len(masks), captions) == (1, 1, [""])
+        images, masks, captions, concepts = load(path=path).args
+        assert (len(images), len(masks), captions, concepts) == (1, 1, [""], ["<my_cat>"])
     for path, message in (("my cat", "is not a full path"), (f"{place}/a.png", "is a file: enter the folder")):
         with pytest.raises(UserError, match=message):
             load(path=path)
