@@ -170,7 +170,7 @@ def test_bfloat16(family, graph):
     """In bf16 the gradient points where it does in float32."""
     in_bf16 = build(
         family, torch.bfloat16, embeddings=str(graph[3])
-    )  # with the same folder prompts have the same tokens
+    )  # the same tokens
     exact, rounded = (gradients(family, parts)[0] for parts in (graph, in_bf16))
     for one, other in zip(exact, rounded, strict=True):
         assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
