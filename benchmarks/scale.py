@@ -236,24 +236,25 @@ def network_seconds() -> Iterator[list[float]]:
 def own(times: int) -> list[str]:
     """100 concepts in the same rounds: what the loop does beside the network, and what processes would tell."""
     torch.set_num_threads(1)
-    model, count, steps = demo_model(), 100, 2 + times
-    runs = runs_of(model, count, batch_size=1, steps=steps)
+    model, count, steps = demo_model(), 100, 1 + times
+    runs = runs_of(model, count, batch_size=1)
     marks: list[tuple[float, ...]] = []
     with network_seconds() as spent:
 
         def mark(learning: list[Run]) -> None:
             marks.append((time.perf_counter(), time.process_time(), *spent))
 
-        for _ in learn_together(model, runs, 16, after_round=mark):
-            pass
-    rounds = [[b - a for a, b in zip(one, two, strict=True)] for one, two in pairwise(marks[:-1])]
+        for _ in learn_together(model, runs, count, after_round=mark):
+            if len(marks) == steps:
+                break
+    rounds = [[b - a for a, b in zip(one, two, strict=True)] for one, two in pairwise(marks)]
     wall, cpu, network, network_cpu = (statistics.median(values) for values in zip(*rounds, strict=True))
     each = 1000 * (cpu - network_cpu) / count
     tell = statistics.median(float(value) for value in told(count))
     row = 1000 * network_cpu / count
     return [
-        f"{count} concepts, passes of 16 rows. A step of all takes {wall:.2f} s, of which {network:.2f} s are the text "
-        f"encoder and the network. The rest is {each:.2f} ms of a CPU for each concept: {each / (each + row):.1%} of "
+        f"{count} concepts with a batch of 1 in each pass. A step of all takes {wall:.2f} s, {network:.2f} s of it in "
+        f"text encoder and network. The rest is {each:.2f} ms of a CPU for each concept: {each / (each + row):.1%} of "
         f"the demo model's {row:.0f} ms a row. Two processes add up the gradients of all {count} (768 numbers each) in "
         f"{tell:.1f} ms by gloo on this machine, {tell / count:.3f} ms a concept.",
         "",
