@@ -98,7 +98,8 @@ def main(times: int) -> None:
             make_library(base / part / "library", linked=part == "split")
             learn(options(base / "toy", base / part / "library", base / part / "whole"))
         for number in range(times):
-            part, step, rank = PARTS[number % 2], chance.randint(1, STEPS - 1), chance.randint(0, 1)
+            part, rank = PARTS[number % 2], chance.randint(0, 1)
+            step = chance.randint(1, (2 * STEPS if part == "split" else STEPS) - 1)  # of both concepts together
             output = base / f"{number}"
             arguments = options(base / "toy", base / part / "library", output)
             kill_one(arguments, step, rank)
