@@ -15,7 +15,7 @@ from ..textual_inversion.library import Concept, by_concept, check_triggers
 from ..textual_inversion.optimizers import check_settings
 from ..textual_inversion.state import fingerprint
 from .concept_run import Request
-from .files import base_model, connected, workflow_id
+from .files import LONGEST_ID, base_model, connected, workflow_id
 from .live import LiveRuns
 from .load_images import LEFT_OUT
 from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, SettingsSocket, config_of, widget
@@ -116,7 +116,7 @@ class Train(io.ComfyNode):
             raise UserError("An embedding to resume belongs to one trigger word: connect a single one to 'trigger'.")
         base = base_model(cls.hidden.prompt, cls.hidden.unique_id)
         request = Request(config, preview, continued, base, LEFT_OUT.get(images[0], ()))
-        workflow, node = workflow_id(cls.hidden.extra_pnginfo), cls.hidden.unique_id
+        workflow, node = workflow_id(cls.hidden.extra_pnginfo), cls.hidden.unique_id[:LONGEST_ID]
         # ComfyUI's inference tensors cannot be trained on.
         with LiveRuns(workflow, node, [concept.trigger for concept in concepts]) as lives, torch.inference_mode(False):
             sampling = preview.preview_sampler, preview.preview_scheduler

@@ -172,7 +172,7 @@ def test_loading_gives_a_word_that_apply_takes_and_save_saves(folders, file, che
 )
 def test_model_libraries_find_what_they_show(tmp_path, keys, family):
     """In the file, but not among the notes that are read; somebody's own notes stay, the word is the present one."""
-    own = {"modelspec.title": "My dog", "modelspec.author": "me", "steps": "5"}
+    own = {"modelspec.title": "My dog", "modelspec.author": "me", "steps": "5", "settings": '{"size": 512}'}
     path = tmp_path / "word.safetensors"
     for notes in ({}, own):
         formats.write(Embedding("<dog>", {key: torch.ones(1, 8) for key in keys}, notes), path)
@@ -181,6 +181,7 @@ def test_model_libraries_find_what_they_show(tmp_path, keys, family):
         assert written["modelspec.title"] == notes.get("modelspec.title", "<dog>")
         assert written["modelspec.trigger_phrase"] == "<dog>"
         assert written.get("modelspec.architecture") == family
+        assert written.get("modelspec.resolution") == ("512x512" if notes else None)
         read = formats.read(path, encoders=keys)
         assert {key: text for key, text in read.metadata.items() if key != "trigger"} == notes
     formats.write(read.renamed("<cat>"), path)

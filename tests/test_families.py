@@ -168,9 +168,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 def test_bfloat16(family, graph):
     """In bf16 the gradient points where it does in float32."""
-    in_bf16 = build(
-        family, torch.bfloat16, embeddings=str(graph[3])
-    )  # the same tokens
+    in_bf16 = build(family, torch.bfloat16, embeddings=str(graph[3]))  # the same tokens
     exact, rounded = (gradients(family, parts)[0] for parts in (graph, in_bf16))
     for one, other in zip(exact, rounded, strict=True):
         assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99

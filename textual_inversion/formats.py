@@ -30,6 +30,7 @@ from .prompts import RESERVED_NAMES, usable_trigger
 
 ENCODER_ALIASES = {"t5": "t5xxl"}
 # Keys that are no word: the layouts of other programs.
+MOST_PIXELS = 4096  # a side
 USAGE = "Write embedding: and the name of this file in prompts."
 # The names that ModelSpec has for families, by their text encoders.
 ARCHITECTURES = {
@@ -183,10 +184,21 @@ def _modelspec(embedding: Embedding) -> dict[str, str]:
     about = {"title": embedding.trigger, "trigger_phrase": embedding.trigger, "usage_hint": USAGE}
     if family := ARCHITECTURES.get(frozenset(embedding.vectors)):
         about["architecture"] = f"{family}/textual-inversion"
+    if size := _size(embedding.metadata.get("settings", "")):
+        about["resolution"] = f"{size}x{size}"
     vectors, (steps, model) = embedding.count, (embedding.metadata.get(key) for key in ("steps", "base_model"))
     about["description"] = f"A textual inversion embedding of {vectors} vector{'s' if vectors > 1 else ''}"
     about["description"] += f", {steps} steps" * bool(steps) + f" on {model}" * bool(model) + "."
     return {"modelspec.sai_model_spec": "1.0.1"} | {f"modelspec.{key}": value for key, value in about.items()}
+
+
+def _size(settings: str) -> int:
+    """Pixels a side of the pictures that were trained on; 0 where the settings, which a file may hold, do not say."""
+    try:
+        size = json.loads(settings)["size"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0
+    return size if type(size) is int and 0 < size <= MOST_PIXELS else 0
 
 
 def _a1111(embedding: Embedding, picture: Image.Image | None) -> list[File]:
