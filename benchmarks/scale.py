@@ -40,7 +40,7 @@ from textual_inversion.dataset import Dataset, fixed_batches
 from textual_inversion.embedding import Embedding
 from textual_inversion.library import Concept, by_concept, learn_together
 from textual_inversion.objective import mean_loss
-from textual_inversion.processes import ALONE, Processes, joined
+from textual_inversion.processes import ALONE, Processes, joined, leave
 from textual_inversion.training import learn, next_of
 from toy_model.make_concepts import HELD_OUT, TRAINING, character_pictures, write
 from toy_model.networks import pipeline_from_checkpoint
@@ -178,6 +178,7 @@ def worker(way: str, steps: int, output: Path) -> None:
         all_ = together.gather(seconds)
         if together.rank == 0:
             output.write_text(json.dumps([max(one.wall for one in all_), max(one.cpu for one in all_)]))
+    leave(0)
 
 
 def launched(way: str, count: int, steps: int, output: Path) -> Seconds:

@@ -106,6 +106,8 @@ def train_command(
         load = partial(pipeline.load, settings.gradient_checkpointing, quiet=together.rank > 0)
         order = Order(load, pipeline.model.name, images, settings, output, format, existing)
         code = train_order(order, together)
+    if together.count > 1:
+        processes.leave(code)
     if code:
         sys.exit(code)
 
