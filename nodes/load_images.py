@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..textual_inversion import UserError
-from ..textual_inversion.concept_folders import folders_inside, load_concepts
+from ..textual_inversion.concept_folders import concepts_inside, load_concepts
 from ..textual_inversion.pictures import LeftOut
 from .picture_folders import chosen_folder, roots
 from .sockets import CATEGORY
@@ -92,7 +92,7 @@ class LoadImages(io.ComfyNode):
         place = chosen_folder(folder, path)
         if not (place and place.is_dir()):
             return []
-        folders = [place, *folders_inside(place, roots())]
+        folders = [place, *concepts_inside(place, roots())]  # what lies beside pictures changes nothing
         files = [entry for one in folders for entry in sorted(one.iterdir()) if entry.is_file()]
         return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
 

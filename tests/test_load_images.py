@@ -483,4 +483,12 @@ def test_fingerprint_sees_new_and_changed_files(tmp_path, monkeypatch):
     second = fingerprint()
     assert second != first
     picture(64, 64).save(tmp_path / "a.png")
-    assert fingerprint() != second
+    third = fingerprint()
+    assert third != second
+    (tmp_path / "inside").mkdir()
+    picture().save(tmp_path / "inside/b.png")
+    assert fingerprint() == third, "a folder beside pictures is not read"
+    (tmp_path / "a.png").unlink()
+    concepts = fingerprint()
+    picture(64, 64).save(tmp_path / "inside/b.png")
+    assert fingerprint() != concepts

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from .adapters.protocol import TrainableModel
 from .dataset import Batch
@@ -120,17 +119,14 @@ def _backward(model: TrainableModel, parts: Sequence[Part]) -> list[tuple[int, f
     scales = [2.0 ** (round(math.log2(part.batch.latents[0].numel())) - part.share.halvings) for part in parts]
     total = torch.stack([loss * scale for loss, scale in zip(losses, scales, strict=True)]).sum()
     if total.requires_grad:  # or it was cut off completely: training tells the user
-        parameters = [(vectors, scale) for part, scale in zip(parts, scales, strict=True) for vectors in _of(part)]
+        scaled = zip(parts, scales, strict=True)
+        parameters = [(vectors, scale) for part, scale in scaled for vectors in part.share.tokens.parameters()]
         gradients = torch.autograd.grad(total, [vectors for vectors, _ in parameters], allow_unused=True)
         for (vectors, scale), gradient in zip(parameters, gradients, strict=True):
             # A per-image token that the batch does not name has no gradient of its own.
             if gradient is not None and gradient.any():
                 vectors.grad = gradient / scale + (0 if vectors.grad is None else vectors.grad)
     return list(zip([part.number for part in parts], torch.stack(losses).tolist(), strict=True))
-
-
-def _of(part: Part) -> list[Tensor]:
-    return part.share.tokens.parameters()
 
 
 def _joined(parts: Sequence[Part]) -> tuple[list[Embedding], Batch]:

@@ -62,8 +62,9 @@ def by_concept(
         return [Concept(words[0], list(images), list(masks), list(captions))]
     if len(captions) == 1:
         captions = list(captions) * len(images)
-    for what, values in (("trigger words", triggers), ("masks", masks), ("captions", captions)):
-        if len(values) not in (len(images), 0 if what != "trigger words" else len(images)):
+    given = {"trigger words": triggers, "masks": masks or images, "captions": captions or images}  # none are all right
+    for what, values in given.items():
+        if len(values) != len(images):
             raise UserError(
                 f"There are {len(values)} {what} for {len(images)} pictures of several concepts: connect "
                 "one for each picture, as Load Images gives them."
