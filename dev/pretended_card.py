@@ -176,7 +176,10 @@ def pretend(base: Path) -> None:
         return plain_item(tensor, parts if isinstance(index, tuple) else parts[0])
 
     def tolist(tensor: Tensor) -> Any:
-        return [0] * len(tensor) if isinstance(tensor, FakeTensor) else plain_list(tensor)
+        if not isinstance(tensor, FakeTensor):
+            return plain_list(tensor)
+        tensor.to(CPU)  # PyTorch copies it to read it, and waits for that
+        return [0] * len(tensor)
 
     def tensor(data, *, dtype=None, device=None, **options) -> Tensor:
         made = plain_tensor(data, dtype=dtype, **options)
