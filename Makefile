@@ -30,9 +30,10 @@ browser: .venv/.ready
 demo: setup
 	@$(PYTHON) -m demo.run
 
-# Two files at a time, with one thread each: much of the time goes by in servers and in the browser.
+# Two files at a time, with one thread each: much of the time goes by in servers and in the browser. In the order of
+# their names, since pytest would leave those with few tests to the end, and some of these take minutes.
 test: setup
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 gpu: comfyui
 	@$(PYTHON) -m benchmarks.gpu

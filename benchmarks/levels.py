@@ -104,6 +104,7 @@ class HarderModel:
             self._sigmas = model.sample_sigmas(quantiles)
             self._residuals = math.sqrt(level.noise) * (residuals - torch.stack(near))
         self.measured = measure(self, tokens, batches)
+        self._squares = [None, None]  # of a loss that training scales
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

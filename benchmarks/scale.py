@@ -237,30 +237,42 @@ def network_seconds() -> Iterator[list[float]]:
 def own(times: int) -> list[str]:
     """100 concepts in the same rounds: what the loop does beside the network, and what processes would tell."""
     torch.set_num_threads(1)
-    model, count, steps = demo_model(), 100, 1 + times
-    runs = runs_of(model, count, batch_size=1)
+    model, count = demo_model(), 100
+    tell = statistics.median(float(value) for value in told(count))
+    lines = [
+        f"{count} concepts in the same rounds, one thread: a step of all, what of it is not the text encoder and the "
+        "network, and that as CPU time for each concept.",
+        "",
+        "| rows a concept | step | network | own work a concept | share of the step |",
+        "|---|---|---|---|---|",
+    ]
+    for batch in (1, TrainConfig().batch_size):
+        wall, network, each = round_of(runs_of(model, count, batch_size=batch), times)
+        share = count * each / (1000 * network + count * each)
+        lines.append(f"| {batch} | {wall:.2f} s | {network:.2f} s | {each:.2f} ms | {share:.1%} |")
+    return [
+        *lines,
+        "",
+        f"Two processes add up the gradients of all {count} (768 numbers each) in {tell:.1f} ms by gloo on this "
+        f"machine, {tell / count:.3f} ms a concept. With that it is within 2% of a step where a concept's rows take "
+        f"{49 * (each + tell / count):.0f} ms or more.",
+    ]
+
+
+def round_of(runs: list[Run], times: int) -> tuple[float, float, float]:
+    """Medians of a step of all: its seconds, those in the network, and the rest as CPU milliseconds a concept."""
     marks: list[tuple[float, ...]] = []
     with network_seconds() as spent:
 
-        def mark(learning: list[Run]) -> None:
+        def mark(_learning: list[Run]) -> None:
             marks.append((time.perf_counter(), time.process_time(), *spent))
 
-        for _ in learn_together(model, runs, count, after_round=mark):
-            if len(marks) == steps:
+        for _ in learn_together(runs[0].model, runs, len(runs), after_round=mark):
+            if len(marks) == 1 + times:
                 break
     rounds = [[b - a for a, b in zip(one, two, strict=True)] for one, two in pairwise(marks)]
     wall, cpu, network, network_cpu = (statistics.median(values) for values in zip(*rounds, strict=True))
-    each = 1000 * (cpu - network_cpu) / count
-    tell = statistics.median(float(value) for value in told(count))
-    row = 1000 * network_cpu / count
-    return [
-        f"{count} concepts with a batch of 1 in each pass. A step of all takes {wall:.2f} s, {network:.2f} s of it in "
-        f"text encoder and network. The rest is {each:.2f} ms of a CPU for each concept: {each / (each + row):.1%} of "
-        f"the demo model's {row:.0f} ms a row. Two processes add up the gradients of all {count} (768 numbers each) in "
-        f"{tell:.1f} ms by gloo on this machine, {tell / count:.3f} ms a concept.",
-        "",
-        f"It stays within 2% of a step where a concept's rows take {49 * (each + tell / count):.0f} ms or more.",
-    ]
+    return wall, network, 1000 * (cpu - network_cpu) / len(runs)
 
 
 def told(count: int) -> list[str]:

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser, Locator, Page, expect
@@ -70,6 +71,17 @@ def contrast(words: Locator) -> float:
         const [one, two] = [[...body, ...behind], [...body, ...behind, getComputedStyle(words).color]].map(luminance);
         return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
     }""")
+
+
+def drop_folder(page: Page, folder: Path) -> None:
+    """Drops a folder with real files on Load Images, which only the browser itself can do."""
+    box = page.locator(".ti-pictures-list").bounding_box()
+    assert box is not None
+    data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
+    session = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        event = {"type": kind, "x": box["x"] + box["width"] / 2, "y": box["y"] + 10, "data": data}
+        session.send("Input.dispatchDragEvent", event)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -14,7 +14,7 @@ from dev.in_process import ROOT
 from textual_inversion import TrainConfig, initial_embedding
 from textual_inversion.dataset import fixed_batches
 from textual_inversion.image_tokens import new_image_tokens
-from textual_inversion.objective import fixed_losses, mean_loss
+from textual_inversion.objective import batch_loss, fixed_losses, mean_loss
 
 
 def test_an_interrupted_cell_is_measured_again_and_no_other(tmp_path):
@@ -34,6 +34,13 @@ def bench():
     return Bench()
 
 
+def level_gradient(model, start, batches, scale: float) -> torch.Tensor:
+    """Of the first step, with a loss that is scaled as in training."""
+    word = start.trainable()
+    loss = scale * batch_loss(model, [word], batches[0])
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, word.parameters())]) / scale
+
+
 @pytest.mark.parametrize(
     ("level", "least", "most"),
     [(Level(), 0.4, 0.8), (Level(cosine=0.1), 0.05, 0.2), (Level(cosine=0.02), 0.0, 0.06), (Level(noise=40), 0.1, 0.4)],
@@ -46,6 +53,8 @@ def test_levels_are_as_hard_as_they_say(bench, level, least, most):
     batches = fixed_batches(dataset, config)
     with bench.model.training() as model:
         start = initial_embedding(model.vocabularies(), "S*", "heart", 1)
+        gradients = [level_gradient(harder(model, level, start, dataset, config), start, batches, s) for s in (1, 256)]
+        torch.testing.assert_close(*gradients)
         model_at_level = harder(model, level, start, dataset, config)
         assert least <= model_at_level.measured.agreement <= most
         tokens = [start, *new_image_tokens(model.vocabularies(), dataset.image_triggers, start, 1)]

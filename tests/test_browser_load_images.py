@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from mimetypes import guess_type
 
 import pytest
-from browser import PALETTES, contrast, opened, use_palette, wait_until
+from browser import PALETTES, contrast, drop_folder, opened, use_palette, wait_until
 from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, expect
 
@@ -247,7 +247,6 @@ def test_the_input_folder_itself_still_works(page, server):
 
 
 def test_a_dropped_folder_adds_its_pictures(page, server, tmp_path):
-    """With real files, which only the browser itself can drop."""
     folder = tmp_path / "tabby"
     (folder / "more/.hidden").mkdir(parents=True)
     for file in THREE:
@@ -260,15 +259,6 @@ def test_a_dropped_folder_adds_its_pictures(page, server, tmp_path):
     expect(count(page)).to_have_text("4 pictures, 1 with captions")
     expect(note(page)).to_have_text("Skipped, neither a picture nor a caption: notes.md.")
     assert widget(page, "folder") == "tabby"
-
-
-def drop_folder(page, folder):
-    box = page.locator(".ti-pictures-list").bounding_box()
-    data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
-    session = page.context.new_cdp_session(page)
-    for kind in ("dragEnter", "dragOver", "drop"):
-        event = {"type": kind, "x": box["x"] + 100, "y": box["y"] + 100, "data": data}
-        session.send("Input.dispatchDragEvent", event)
 
 
 def test_a_dropped_folder_of_folders_adds_concepts(page, server, tmp_path):

@@ -5,10 +5,12 @@ import itertools
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-from browser import opened, wait_until
-from examples import BLOCK, WORKFLOWS, demo_files, nodes_of, read
+from browser import drop_folder, opened, wait_until
+from examples import BLOCK, LIBRARY, WORKFLOWS, demo_files, nodes_of, read
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
@@ -34,40 +36,72 @@ def open_template(page: Page, name: str, pack: str) -> None:
     expect(dialog).to_have_count(0)
 
 
-def test_from_the_template_to_a_word(page, interface):
-    """With nothing chosen but pictures; the demo model has the name of the usual checkpoint, and sizes are its own."""
-    (path,) = [path for path in WORKFLOWS if path.stem == "Train an embedding (SD1.5)"]
-    (name,) = nodes_of(read(path), "CheckpointLoaderSimple")[0]["widgets_values"]
-    folder, embeddings = (interface.server.base / f"models/{kind}" for kind in ("checkpoints", "embeddings"))
-    inputs = interface.server.base / "input"
-    before, there = set(embeddings.iterdir()), set(inputs.iterdir())
-    (folder / name).symlink_to(folder / "toy.safetensors")
-    open_template(page, path.stem, interface.server.pack_name)
-    page.wait_for_function("count => app.rootGraph.nodes.length === count", arg=len(read(path)["nodes"]))
-    page.evaluate("""() => {
-        for (const node of app.rootGraph.nodes)
-            for (const widget of node.widgets ?? []) {
-                if (["size", "width", "height"].includes(widget.name) && node.type !== "TI_Train") widget.value = 64;
-                if (node.type === "KSampler" && widget.name === "steps") widget.value = 2;
-            }
-    }""")
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Add pictures").click()
-    chooser.value.set_files(sorted((CONCEPTS / "heart/train").glob("*.png")))
-    expect(page.locator(".ti-pictures-count")).to_contain_text("4 pictures")
+@contextmanager
+def template(page: Page, interface, name: str, **widgets: object) -> Iterator[set[Path]]:
+    """A template with these widgets, at the demo model's sizes; that model has the name of the usual checkpoint here.
 
-    page.get_by_test_id("queue-button").click()
-    expect(page.locator(".ti-train [data-state=learning]")).to_be_visible()
-    page.get_by_role("button", name="Stop and keep").click()
-    expect(page.get_by_role("textbox", name="preview_text").first).to_have_value(
-        re.compile(r"Write embedding:S(-\d+)? in")  # S-2 beside the S of another test
+    Gives what lies in models/embeddings and in input; what is there besides at the end is removed.
+    """
+    (path,) = [path for path in WORKFLOWS if path.stem == name]
+    (checkpoint,) = nodes_of(read(path), "CheckpointLoaderSimple")[0]["widgets_values"]
+    models, inputs = interface.server.base / "models", interface.server.base / "input"
+    usual = models / "checkpoints" / checkpoint
+    before = {*(models / "embeddings").iterdir(), *inputs.iterdir()}
+    usual.symlink_to(usual.with_name("toy.safetensors"))
+    open_template(page, name, interface.server.pack_name)
+    page.wait_for_function("count => app.rootGraph.nodes.length === count", arg=len(read(path)["nodes"]))
+    page.evaluate(
+        """widgets => {
+            for (const node of app.rootGraph.nodes)
+                for (const widget of node.widgets ?? []) {
+                    const { name } = widget;
+                    if (["size", "width", "height"].includes(name) && node.type !== "TI_Train") widget.value = 64;
+                    if (node.type === "KSampler" && name === "steps") widget.value = 2;
+                    if (node.type.startsWith("TI_")) widget.value = widgets[name] ?? widget.value;
+                }
+        }""",
+        widgets,
     )
-    made = set(embeddings.iterdir()) - before
-    assert sorted(path.name.partition(".")[2] for path in made) == ["preview.png", "safetensors"]
-    for file in (*made, folder / name):
-        file.unlink()
-    for pictures in set(inputs.iterdir()) - there:
-        shutil.rmtree(pictures)
+    yield before
+    usual.unlink()
+    for made in {*(models / "embeddings").iterdir(), *inputs.iterdir()} - before:
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
+
+
+def saved(interface, before: set[Path]) -> list[str]:
+    return sorted(path.name for path in set((interface.server.base / "models/embeddings").iterdir()) - before)
+
+
+def test_from_the_template_to_a_word(page, interface):
+    """With nothing chosen but pictures."""
+    with template(page, interface, "Train an embedding (SD1.5)") as before:
+        with page.expect_file_chooser() as chooser:
+            page.get_by_role("button", name="Add pictures").click()
+        chooser.value.set_files(sorted((CONCEPTS / "heart/train").glob("*.png")))
+        expect(page.locator(".ti-pictures-count")).to_contain_text("4 pictures")
+
+        page.get_by_test_id("queue-button").click()
+        expect(page.locator(".ti-train [data-state=learning]")).to_be_visible()
+        page.get_by_role("button", name="Stop and keep").click()
+        expect(page.get_by_role("textbox", name="preview_text").first).to_have_value(
+            re.compile(r"Write embedding:S(-\d+)? in")  # S-2 beside the S of another test
+        )
+        assert [name.partition(".")[2] for name in saved(interface, before)] == ["preview.png", "safetensors"]
+
+
+def test_from_the_template_to_a_library(page, interface, tmp_path):
+    """With nothing chosen but a folder of folders."""
+    for concept in LIBRARY:
+        shutil.copytree(CONCEPTS / concept / "train", tmp_path / "words" / concept)
+    with template(page, interface, "Learn a library", steps=6) as before:
+        drop_folder(page, tmp_path / "words")
+        expect(page.locator(".ti-pictures-count")).to_contain_text("2 concepts, 8 pictures")
+        page.get_by_test_id("queue-button").click()
+        panel = page.locator(".ti-train")
+        expect(panel).to_contain_text("2 of 2 done")
+        expect(panel.get_by_role("option", name=re.compile("^done <(heart|star)>"))).to_have_count(len(LIBRARY))
+        wait_until(lambda: len(saved(interface, before)) == 2 * len(LIBRARY))
+        assert {name.partition(".")[2] for name in saved(interface, before)} == {"preview.png", "safetensors"}
 
 
 @pytest.mark.looks

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from textual_inversion import TrainConfig, formats
 from textual_inversion.config import field_help
+from textual_inversion.devices import usable_device
+from textual_inversion.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "demo/concepts/heart/train"
@@ -233,8 +235,13 @@ def test_help_is_the_settings_own(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "cuda7", "xyz"])
-def test_a_device_that_is_not_there(model, tmp_path, device):
-    done = call("train", "--model", model, "--images", PICTURES, "--device", device, folder=tmp_path)
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(UserError, match=f"This machine has no device '{device}' that PyTorch can use: choose from cpu"):
+        usable_device(device)
+
+
+def test_a_device_that_is_not_there_is_told_in_one_line(model, tmp_path):
+    done = call("train", "--model", model, "--images", PICTURES, "--device", "cuda:99", folder=tmp_path)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: This machine has no device '{device}' that PyTorch can use: choose from cpu")
+    assert line.startswith("error: This machine has no device 'cuda:99'")

@@ -40,11 +40,10 @@ def single(model: Path, output: Path) -> list[str]:
     return [*options(model, pictures, output / "word"), *QUICK]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_that_split_batches_learn_the_same(toy_folder, alone, tmp_path, processes):
-    """Two of one row each, and of three processes one without rows; so are the per-image tokens."""
-    said = learn(single(toy_folder, tmp_path / "split"), processes)
-    assert f"{processes} processes share the rows of every batch." in said
+def test_processes_that_split_batches_learn_the_same(toy_folder, alone, tmp_path):
+    """One row of each batch in each; so are the per-image tokens."""
+    said = learn(single(toy_folder, tmp_path / "split"), 2)
+    assert "2 processes share the rows of every batch." in said
     assert said.count("Learned:") + said.count("Nothing was measurably learned") == 1
     (ours,), (theirs,) = learned(tmp_path / "split").values(), learned(alone).values()
     assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
@@ -82,7 +81,8 @@ def test_goes_on_after_one_process_was_killed(toy_folder, tmp_path, part, step, 
 
 
 def test_accelerate_launch(toy_folder, alone, tmp_path):
-    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    """Of three processes one has no rows."""
+    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "3", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     start, *module = launched(1)
     arguments = [*single(toy_folder, tmp_path / "split"), "--device", "cpu"]
@@ -90,7 +90,7 @@ def test_accelerate_launch(toy_folder, alone, tmp_path):
         [start, *command, *module, *arguments], capture_output=True, text=True, timeout=600, env=one_thread()
     )
     assert done.returncode == 0, done.stderr
-    assert "2 processes share the rows of every batch." in done.stderr
+    assert "3 processes share the rows of every batch." in done.stderr
     (ours,), (theirs,) = learned(tmp_path / "split").values(), learned(alone).values()
     assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
