@@ -3,7 +3,7 @@
 A level changes what training sees and nothing else: held-out losses and samples are those of the plain model.
 
 cosine c   noise is added to every gradient, so that two batches of 4 agree as little as c at the start: the
-           centred gradients of single rows, measured there, in the scale of the present gradients
+           covariance of the gradients of single rows, measured there, in the scale of the present gradients
 noise k    the target is moved by what cannot be known: the residual of another draw at about the same noise level,
            shifted, mirrored and with a random sign, times sqrt(k). The same draw always gets the same. The loss
            grows by the part of it that is added, and a word can explain that much less of it
@@ -48,6 +48,13 @@ class Measured:
     """tr(Sigma) / |G|^2 in pictures (McCandlish et al. 2018, arXiv 1812.06162)."""
     loss: float
 
+    @classmethod
+    def of(cls, gradients: Tensor, losses: Tensor, added: float = 0.0) -> "Measured":
+        """From those of single rows; ``added`` times their noise is added to it."""
+        square, trace = _signal_and_noise(gradients)
+        trace *= 1 + added
+        return cls(square / (square + trace / 4), trace / square, losses.mean().item())
+
 
 def row_gradients(model: Any, tokens: TrainedTokens, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
     """Of batches of one row: gradients of the concept and of the row's own token (rows, n), and losses."""
@@ -61,12 +68,6 @@ def row_gradients(model: Any, tokens: TrainedTokens, batches: Sequence[Batch]) -
         own.append(torch.cat([part.flatten() for part in per_image]) if per_image else torch.zeros(0))
         losses.append(loss.item())
     return torch.stack(concept), torch.stack(own), torch.tensor(losses)
-
-
-def measure(model: Any, tokens: TrainedTokens, batches: Sequence[Batch]) -> Measured:
-    gradients, _, losses = row_gradients(model, tokens, batches)
-    square, trace = _signal_and_noise(gradients)
-    return Measured(square / (square + trace / 4), trace / square, losses.mean().item())
 
 
 def _signal_and_noise(rows: Tensor) -> tuple[float, float]:
@@ -84,16 +85,6 @@ class HarderModel:
         self._generator = torch.Generator().manual_seed(config.seed + 77)
         singles = training_batches(dataset, replace(config, batch_size=1), torch.Generator().manual_seed(4321))
         batches = [next(singles) for _ in range(ROWS)]
-        if level.cosine:
-            concept, own, _ = row_gradients(model, tokens, batches)
-            square, trace = _signal_and_noise(concept)
-            scale = math.sqrt(max(0.0, square * (1 / level.cosine - 1) * 4 / trace - 1))
-            lengths = (math.sqrt(square + trace / config.batch_size), own.square().sum(1).mean().sqrt().item())
-            # In units of the length of a batch's gradient, so that the noise falls with the gradients.
-            pools = [(rows - rows.mean(0)) * scale for rows in (concept, own)]
-            self._pools = [pool / max(length, 1e-12) for pool, length in zip(pools, lengths, strict=True)]
-            self._squares: list[float | None] = [None, None]
-            self._concept = tokens.concept.trigger
         if level.noise:
             rows = fixed_batches(dataset, config, max(1, ROWS // len(dataset.latents)))
             with torch.no_grad():
@@ -103,14 +94,25 @@ class HarderModel:
             near = [residuals[max(0, n - NEIGHBOURS) : n + NEIGHBOURS + 1].mean(0) for n in range(len(residuals))]
             self._sigmas = model.sample_sigmas(quantiles)
             self._residuals = math.sqrt(level.noise) * (residuals - torch.stack(near))
-        self.measured = measure(self, tokens, batches)
-        self._squares = [None, None]  # of a loss that training scales
+        self._pools: list[Tensor] = []
+        concept, own, losses = row_gradients(self, tokens, batches)
+        scale = 0.0
+        if level.cosine:
+            square, trace = _signal_and_noise(concept)
+            scale = math.sqrt(max(0.0, square * (1 / level.cosine - 1) * 4 / trace - 1))
+            lengths = (math.sqrt(square + trace / config.batch_size), own.square().sum(1).mean().sqrt().item())
+            # In units of the length of a batch's gradient, so that the noise falls with the gradients.
+            pools = [(rows - rows.mean(0)) * scale for rows in (concept, own)]
+            self._pools = [pool / max(length, 1e-12) for pool, length in zip(pools, lengths, strict=True)]
+            self._squares: list[float | None] = [None, None]
+            self._concept = tokens.concept.trigger
+        self.measured = Measured.of(concept, losses, scale**2)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def encode_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> Any:
-        if self._level.cosine and torch.is_grad_enabled():
+        if self._pools and torch.is_grad_enabled():
             embeddings = tuple(self._with_noisy_gradient(embedding, prompts) for embedding in embeddings)
         return self._model.encode_prompts(prompts, *embeddings)
 
@@ -120,9 +122,9 @@ class HarderModel:
         if rows == 0 or not all(vectors.requires_grad for vectors in embedding.vectors.values()):
             return embedding
         pool = self._pools[which]
-        picks = torch.randint(len(pool), (rows,), generator=self._generator)
-        signs = torch.randint(0, 2, (rows, 1), generator=self._generator) * 2 - 1
-        noise = (pool[picks] * signs).sum(0) / (len(prompts) if which == 0 else 1)
+        # Gaussian, as many rows of the pool together would be: a few of them are so long that some runs would be easy.
+        mixed = torch.randn(len(pool), generator=self._generator) * math.sqrt(rows / len(pool))
+        noise = mixed @ pool / (len(prompts) if which == 0 else 1)
         keys = list(embedding.vectors)
         joined = torch.cat([embedding.vectors[key].flatten() for key in keys])
         joined = _AddGradient.apply(joined, lambda gradient: gradient + self._length(which, gradient) * noise)

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks.cells import add_cell, read_cells
 from benchmarks.levels import Level, harder
 from demo.measure import Bench, Concept
 from dev.in_process import ROOT
 from textual_inversion import TrainConfig, initial_embedding
-from textual_inversion.dataset import fixed_batches
+from textual_inversion.dataset import fixed_batches, training_batches
 from textual_inversion.image_tokens import new_image_tokens
 from textual_inversion.objective import batch_loss, fixed_losses, mean_loss
 
@@ -34,11 +35,13 @@ def bench():
     return Bench()
 
 
-def level_gradient(model, start, batches, scale: float) -> torch.Tensor:
-    """Of the first step, with a loss that is scaled as in training."""
-    word = start.trainable()
-    loss = scale * batch_loss(model, [word], batches[0])
-    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, word.parameters())]) / scale
+def gradients_of(model, start, batches, scale: float) -> torch.Tensor:
+    """Of each batch (batches, n), at the start, with a loss that is scaled as in training."""
+    word, found = start.trainable(), []
+    for batch in batches:
+        loss = scale * batch_loss(model, [word], batch)
+        found.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, word.parameters())]) / scale)
+    return torch.stack(found)
 
 
 @pytest.mark.parametrize(
@@ -53,10 +56,13 @@ def test_levels_are_as_hard_as_they_say(bench, level, least, most):
     batches = fixed_batches(dataset, config)
     with bench.model.training() as model:
         start = initial_embedding(model.vocabularies(), "S*", "heart", 1)
-        gradients = [level_gradient(harder(model, level, start, dataset, config), start, batches, s) for s in (1, 256)]
+        drawn = training_batches(dataset, config, torch.Generator().manual_seed(0))
+        gradients = [gradients_of(harder(model, level, start, dataset, config), start, batches, s) for s in (1, 256)]
         torch.testing.assert_close(*gradients)
         model_at_level = harder(model, level, start, dataset, config)
         assert least <= model_at_level.measured.agreement <= most
+        found = F.normalize(gradients_of(model_at_level, start, [next(drawn) for _ in range(32)], 1))
+        assert least - 0.1 < (found @ found.T).fill_diagonal_(0).sum() / (32 * 31) < most + 0.1
         tokens = [start, *new_image_tokens(model.vocabularies(), dataset.image_triggers, start, 1)]
         plain = mean_loss(model, tokens, batches)
         losses = [fixed_losses(model_at_level, tokens, batches) for _ in range(2)]

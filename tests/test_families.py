@@ -66,16 +66,16 @@ def test_checkpointing(family, graph):
 
 
 def test_training(family, graph):
-    """6 steps on one picture lower the loss on fixed noise; MODEL, CLIP and VAE are bit for bit what they were."""
+    """14 steps on one picture lower the loss on fixed noise; MODEL, CLIP and VAE are bit for bit what they were."""
     before = weights_hash(graph[0].model, graph[1].cond_stage_model, graph[2].first_stage_model)
     config = TrainConfig(
         initializer="toy",
-        steps=6,
+        steps=14,
         batch_size=1,
         learning_rate=0.05,
         schedule="constant",
         averaging=0.8,
-        evaluate_every=5,
+        evaluate_every=100,
         patience=0,
         per_image_tokens=0,
     )
