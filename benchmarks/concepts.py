@@ -131,7 +131,7 @@ class Cell:
                 "released": step.progress.released,
                 "agreement": step.progress.agreement,
                 "gain": [step.progress.gain.mean / step.progress.initial_loss, step.progress.gain.certain],
-                "level": vars(self.level) | vars(model.measured),
+                "level": vars(self.level) | vars(model.measured) | {"noise_scale": model.measured.noise_scale},
                 "identity": 1 - sum(losses) / sum(class_losses),
                 "bands": [1 - ours / theirs for ours, theirs in zip(losses, class_losses, strict=True)],
                 "leak": sum(losses) / BANDS - self.loss(self.seen, word, DRAWS),

@@ -2,8 +2,8 @@
 
 A level changes what training sees and nothing else: held-out losses and samples are those of the plain model.
 
-cosine c   noise is added to every gradient, so that two batches of 4 agree as little as c at the start: the
-           covariance of the gradients of single rows, measured there, in the scale of the present gradients
+cosine c   noise is added to every gradient, so that those of two batches of 4 have a mean cosine of c at the start:
+           Gaussian, with the covariance of the directions of single rows' gradients there, in proportion to each
 noise k    the target is moved by what cannot be known: the residual of another draw at about the same noise level,
            shifted, mirrored and with a random sign, times sqrt(k). The same draw always gets the same. The loss
            grows by the part of it that is added, and a word can explain that much less of it
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from textual_inversion.config import TrainConfig
@@ -25,7 +26,7 @@ from textual_inversion.objective import batch_loss
 
 ROWS = 96  # of which gradients and residuals are measured
 NEIGHBOURS = 8  # draws on each side whose mean is taken out of a residual
-MEMORY = 0.9  # EMA decay of the gradients' square length
+BATCHES = 24  # of 4, whose gradients' cosines are measured
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,23 @@ class Measured:
     """What a level is, at the start of a run."""
 
     agreement: float
-    """Cosine between the gradients of two batches of 4: |G|^2 / (|G|^2 + tr(Sigma) / 4)."""
-    noise_scale: float
-    """tr(Sigma) / |G|^2 in pictures (McCandlish et al. 2018, arXiv 1812.06162)."""
+    """Mean cosine between the gradients of two batches of 4."""
     loss: float
 
-    @classmethod
-    def of(cls, gradients: Tensor, losses: Tensor, added: float = 0.0) -> "Measured":
-        """From those of single rows; ``added`` times their noise is added to it."""
-        square, trace = _signal_and_noise(gradients)
-        trace *= 1 + added
-        return cls(square / (square + trace / 4), trace / square, losses.mean().item())
+    @property
+    def noise_scale(self) -> float:
+        """In pictures (McCandlish et al. 2018, arXiv 1812.06162), were all gradients of the same length."""
+        return 4 * (1 / max(self.agreement, 1e-4) - 1)
 
 
-def row_gradients(model: Any, tokens: TrainedTokens, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of batches of one row: gradients of the concept and of the row's own token (rows, n), and losses."""
+def measure(model: Any, tokens: TrainedTokens, batches: Sequence[Batch]) -> Measured:
+    gradients, _, losses = gradients_of(model, tokens, batches)
+    unit = F.normalize(gradients)
+    return Measured((unit @ unit.T).fill_diagonal_(0).sum().item() / len(unit) / (len(unit) - 1), losses.mean().item())
+
+
+def gradients_of(model: Any, tokens: TrainedTokens, batches: Sequence[Batch]) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Of each batch: the concept's gradient (batches, n), those of the per-image tokens in it, and the loss."""
     concept, own, losses = [], [], []
     for batch in batches:
         loss = batch_loss(model, tokens.embeddings, batch)
@@ -67,14 +70,7 @@ def row_gradients(model: Any, tokens: TrainedTokens, batches: Sequence[Batch]) -
         per_image = [part for part in gradients[count:] if part.any()]
         own.append(torch.cat([part.flatten() for part in per_image]) if per_image else torch.zeros(0))
         losses.append(loss.item())
-    return torch.stack(concept), torch.stack(own), torch.tensor(losses)
-
-
-def _signal_and_noise(rows: Tensor) -> tuple[float, float]:
-    """Unbiased |G|^2 and tr(Sigma)."""
-    mean, count = rows.mean(0), len(rows)
-    trace = ((rows - mean) ** 2).sum().item() / (count - 1)
-    return max(mean.square().sum().item() - trace / count, 1e-12), trace
+    return torch.stack(concept), own, torch.tensor(losses)
 
 
 class HarderModel:
@@ -83,8 +79,6 @@ class HarderModel:
     def __init__(self, model: Any, level: Level, tokens: TrainedTokens, dataset: Dataset, config: TrainConfig) -> None:
         self._model, self._level = model, level
         self._generator = torch.Generator().manual_seed(config.seed + 77)
-        singles = training_batches(dataset, replace(config, batch_size=1), torch.Generator().manual_seed(4321))
-        batches = [next(singles) for _ in range(ROWS)]
         if level.noise:
             rows = fixed_batches(dataset, config, max(1, ROWS // len(dataset.latents)))
             with torch.no_grad():
@@ -95,18 +89,18 @@ class HarderModel:
             self._sigmas = model.sample_sigmas(quantiles)
             self._residuals = math.sqrt(level.noise) * (residuals - torch.stack(near))
         self._pools: list[Tensor] = []
-        concept, own, losses = row_gradients(self, tokens, batches)
-        scale = 0.0
-        if level.cosine:
-            square, trace = _signal_and_noise(concept)
-            scale = math.sqrt(max(0.0, square * (1 / level.cosine - 1) * 4 / trace - 1))
-            lengths = (math.sqrt(square + trace / config.batch_size), own.square().sum(1).mean().sqrt().item())
-            # In units of the length of a batch's gradient, so that the noise falls with the gradients.
-            pools = [(rows - rows.mean(0)) * scale for rows in (concept, own)]
-            self._pools = [pool / max(length, 1e-12) for pool, length in zip(pools, lengths, strict=True)]
-            self._squares: list[float | None] = [None, None]
+        fours = training_batches(dataset, replace(config, batch_size=4), torch.Generator().manual_seed(4321))
+        self.measured = measure(self, tokens, [next(fours) for _ in range(BATCHES)])
+        if 0 < level.cosine < self.measured.agreement:
+            singles = training_batches(dataset, replace(config, batch_size=1), torch.Generator().manual_seed(4321))
+            concept, own, _ = gradients_of(model, tokens, [next(singles) for _ in range(ROWS)])
+            length = math.sqrt(self.measured.agreement / level.cosine - 1)  # of the noise beside a gradient
+            for rows in (concept, torch.stack(own)):
+                unit = F.normalize(rows)  # or a few long ones, and with them the mean, would be most of the noise
+                centred = unit - unit.mean(0)
+                self._pools.append(length * centred / max(centred.square().sum().sqrt().item(), 1e-12))
             self._concept = tokens.concept.trigger
-        self.measured = Measured.of(concept, losses, scale**2)
+            self.measured = Measured(level.cosine, self.measured.loss)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -118,25 +112,16 @@ class HarderModel:
 
     def _with_noisy_gradient(self, embedding: Embedding, prompts: Sequence[str]) -> Embedding:
         which = int(embedding.trigger != self._concept)
-        rows = sum(embedding.trigger in prompt.split() for prompt in prompts) if which else len(prompts)
+        rows = sum(embedding.trigger in prompt.split() for prompt in prompts) if which else len(prompts) / 4
         if rows == 0 or not all(vectors.requires_grad for vectors in embedding.vectors.values()):
             return embedding
-        pool = self._pools[which]
-        # Gaussian, as many rows of the pool together would be: a few of them are so long that some runs would be easy.
-        mixed = torch.randn(len(pool), generator=self._generator) * math.sqrt(rows / len(pool))
-        noise = mixed @ pool / (len(prompts) if which == 0 else 1)
+        noise = torch.randn(len(self._pools[which]), generator=self._generator) @ self._pools[which] / math.sqrt(rows)
         keys = list(embedding.vectors)
         joined = torch.cat([embedding.vectors[key].flatten() for key in keys])
-        joined = _AddGradient.apply(joined, lambda gradient: gradient + self._length(which, gradient) * noise)
+        joined = _AddGradient.apply(joined, lambda gradient: gradient + gradient.norm() * noise)
         parts = joined.split([embedding.vectors[key].numel() for key in keys])
         vectors = {key: part.view_as(embedding.vectors[key]) for key, part in zip(keys, parts, strict=True)}
         return replace(embedding, vectors=vectors)
-
-    def _length(self, which: int, gradient: Tensor) -> float:
-        """Root mean square length of the plain gradients so far."""
-        square, before = gradient.square().sum().item(), self._squares[which]
-        self._squares[which] = square if before is None else MEMORY * before + (1 - MEMORY) * square
-        return math.sqrt(self._squares[which] or 0.0)
 
     def denoise(self, noised: Tensor, sigmas: Tensor, conditioning: Any) -> Tensor:
         denoised = self._model.denoise(noised, sigmas, conditioning)

@@ -30,20 +30,24 @@ from textual_inversion.training import Choice, learning_rate_factor
 ROWS = 16
 
 
-@pytest.mark.parametrize("share", [0.5, 0.2, 0.05, 0.0])
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.05])
 def test_agreement_is_the_cosine_of_independent_gradients(share):
-    """Gradients of a known mean in known noise: E[g g'] / E[|g|^2] is the mean's share of the square length."""
-    generator, width, estimates = torch.Generator().manual_seed(0), 96, []
+    """Gradients of a known mean in known noise, a few a hundred times as long: ``share`` is their mean cosine."""
+    generator, width, estimates = torch.Generator().manual_seed(0), 960, []
     for _ in range(20):
         agreement = Agreement()
-        for _ in range(50):
+        for number in range(50):
             noise = torch.randn(1, width, generator=generator) * ((1 - share) / width) ** 0.5
-            agreement.add([noise + torch.eye(width)[:1] * share**0.5])
-        pairs = agreement.mean.square().sum().item() - agreement.weights * agreement.square
-        estimates.append(pairs / (1 - agreement.weights) / agreement.square)
-        if pairs > 0:
-            assert agreement.value == pytest.approx(estimates[-1], abs=1e-4)
+            agreement.add([(noise + torch.eye(width)[:1] * share**0.5) * (100 if number % 10 == 0 else 1)])
+        estimates.append(agreement.value)
     assert sum(estimates) / len(estimates) == pytest.approx(share, abs=0.012)
+
+
+def test_gradients_that_chance_decides_do_not_agree():
+    agreement, generator = Agreement(), torch.Generator().manual_seed(0)
+    for _ in range(50):
+        agreement.add([torch.randn(1, 960, generator=generator)])
+    assert agreement.value < 0.005
 
 
 def test_agreement_follows_gradients_that_turn():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .adapters.protocol import TrainableModel
-from .agreement import CLEAR, Agreement
+from .agreement import Agreement
 from .config import TrainConfig
 from .dataset import Batch, Dataset, training_batches
 from .embedding import Embedding
@@ -28,9 +28,10 @@ from .state import Progress, TrainState
 DECAY_STEPS = 10  # the rate falls as 1 / sqrt(1 + steps / DECAY_STEPS)
 AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agreement
 SETTLED_IMAGE_RATE = 0.3  # of the per-image tokens' rate, once the embedding moves
-# An object's embedding waits for the per-image tokens only while its gradients are noisy. Clear ones separate the two
-# anyway, and tokens alone begin to explain what all pictures have in common; those of a style have another part.
-LONGEST_WAIT = 80  # steps, unless the noise asks for more (WAIT_SIGNAL_TO_NOISE)
+# An object's embedding waits for the per-image tokens, unless its gradients agree so much that they separate the two
+# anyway: then tokens alone soon explain what all pictures have in common. Those of a style have another part.
+NEED_NO_WAIT = 0.5  # agreement
+LONGEST_WAIT = 200  # steps
 LONGEST_WAIT_SHARE = 1 / 4  # of all steps, where they are few
 AVERAGED_SHARE = 1 / 3  # of the run, its end
 
@@ -39,7 +40,7 @@ AGREEMENT_STEPS = 50  # within which the agreement is taken where it is highest:
 # Before it may end by itself, the steps in which what the gradients agree on comes to several times their noise:
 # the mean of n gradients has n x agreement / (1 - agreement) times as much of it as of noise, in squares.
 SIGNAL_TO_NOISE = 20
-WAIT_SIGNAL_TO_NOISE = 4  # the same for the wait
+WAIT_SIGNAL_TO_NOISE = 16  # the same for the wait
 MOST_STEPS_WITHOUT_GAIN = 1000
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
 
@@ -268,8 +269,8 @@ def _evaluate(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> f
     if released is None:
         progress = replace(progress, best_step=last.step)
         least = WAIT_SIGNAL_TO_NOISE / max(progress.agreement, LEAST_AGREEMENT)
-        longest = min(max(least, LONGEST_WAIT), config.steps * LONGEST_WAIT_SHARE)
-        clear = progress.agreement >= CLEAR and config.kind != "style"
+        longest = min(LONGEST_WAIT, config.steps * LONGEST_WAIT_SHARE)
+        clear = progress.agreement >= NEED_NO_WAIT and config.kind != "style"
         if clear or progress.step >= longest or (progress.step >= least and settled(progress.evaluations)):
             progress = replace(progress, released=progress.step)
     else:
