@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textual_inversion.agreement import Agreement
 from textual_inversion.config import TrainConfig
 from textual_inversion.dataset import Batch, Dataset, fixed_batches, training_batches
 from textual_inversion.embedding import Embedding
@@ -50,13 +51,15 @@ class Measured:
     @property
     def noise_scale(self) -> float:
         """In pictures (McCandlish et al. 2018, arXiv 1812.06162), were all gradients of the same length."""
-        return 4 * (1 / max(self.agreement, 1e-4) - 1)
+        return 4 * (1 / self.agreement - 1)
 
 
 def measure(model: Any, tokens: TrainedTokens, batches: Sequence[Batch]) -> Measured:
     gradients, _, losses = gradients_of(model, tokens, batches)
-    unit = F.normalize(gradients)
-    return Measured((unit @ unit.T).fill_diagonal_(0).sum().item() / len(unit) / (len(unit) - 1), losses.mean().item())
+    agreement = Agreement()
+    for gradient in gradients:
+        agreement.add([gradient])
+    return Measured(agreement.value, losses.mean().item())
 
 
 def gradients_of(model: Any, tokens: TrainedTokens, batches: Sequence[Batch]) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -62,10 +62,12 @@ def template(page: Page, interface, name: str, **widgets: object) -> Iterator[se
         }""",
         widgets,
     )
-    yield before
-    usual.unlink()
-    for made in {*(models / "embeddings").iterdir(), *inputs.iterdir()} - before:
-        shutil.rmtree(made) if made.is_dir() else made.unlink()
+    try:
+        yield before
+    finally:
+        usual.unlink()
+        for made in {*(models / "embeddings").iterdir(), *inputs.iterdir()} - before:
+            shutil.rmtree(made) if made.is_dir() else made.unlink()
 
 
 def saved(interface, before: set[Path]) -> list[str]:
