@@ -128,7 +128,7 @@ class Cell:
                 "curve": curve,
                 "stopped": step.number,
                 "kept": step.best_step if keeps_best else step.number,
-                "released": step.progress.released,
+                "began": step.progress.began,
                 "agreement": step.progress.agreement,
                 "gain": [step.progress.gain.mean / step.progress.initial_loss, step.progress.gain.certain],
                 "level": vars(self.level) | vars(model.measured) | {"noise_scale": model.measured.noise_scale},

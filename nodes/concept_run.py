@@ -379,7 +379,7 @@ class TrainingRun:
             rate=self.config.batch_size * self.config.accumulation / self.seconds if self.seconds else 0.0,
             planned=planned,
             seconds_left=(planned - step.number) * self.seconds if self.seconds and step.progress.agreement else None,
-            trend="waiting" if step.progress.released is None else "flat" if step.progress.flat else "improving",
+            trend="rehearsing" if step.number < step.progress.began else "flat" if step.progress.flat else "improving",
             flat=step.progress.flat,
             best=step.best_step,
             losses=thinned(self.losses),
@@ -451,8 +451,7 @@ class TrainingRun:
         last = self.last
         if last is None:
             return
-        released = last.progress.released
-        if released is not None and last.best_step > released:  # before that they are the initializer's
+        if last.best_step > 0:
             name = f"{formats.file_name(self.config.trigger)}-partial"
             self.write(last, name, [embeddings_folder(), output_folder()], "What was learned so far is in {path}.")
         if last.number > 0:

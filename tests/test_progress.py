@@ -12,7 +12,7 @@ from textual_inversion import TrainConfig, initial_embedding, train, training
 from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.agreement import Agreement, in_words
 from textual_inversion.dataset import Dataset, fixed_batches, make_dataset
-from textual_inversion.evaluation import CERTAIN, Difference, Evaluation, fairest, flat, gain, settled
+from textual_inversion.evaluation import CERTAIN, Difference, Evaluation, fairest, flat, gain
 from textual_inversion.initializer import with_initializer
 from textual_inversion.objective import fixed_losses
 from textual_inversion.optimizers import learning_rate
@@ -99,18 +99,6 @@ def test_embedding_that_took_in_the_background_does_not_look_good():
     assert found.mean == pytest.approx(0.04, abs=1e-4)
 
 
-def waiting(*losses: float, noise: float = 0.0) -> list[Evaluation]:
-    evaluations = [evaluation(10 * number, loss, loss, noise) for number, loss in enumerate(losses)]
-    return [Evaluation(e.step, e.learned, e.learned) for e in evaluations]
-
-
-def test_image_tokens_have_settled_when_the_loss_surely_no_longer_falls():
-    assert settled(waiting(1.0, 0.2, 0.19))
-    assert not settled(waiting(1.0, 0.2))
-    assert not settled(waiting(1.0, 0.6, 0.3))
-    assert not settled(waiting(1.0, 0.2, 0.19, noise=0.5)), "it may be chance that it fell no more"
-
-
 def test_progress_is_a_lower_loss_and_a_better_word():
     steps = range(0, 100, 10)
     improving = [evaluation(step, 1 - step / 200) for step in steps]
@@ -120,6 +108,8 @@ def test_progress_is_a_lower_loss_and_a_better_word():
     assert flat(tokens_learn, 0)
     tokens_hand_over = [evaluation(step, 0.8, 1 + step / 200) for step in steps]
     assert flat(tokens_hand_over, 0)
+    rehearsed = [evaluation(100, 0.5, 1.0), evaluation(120, 0.8, 1.0), evaluation(130, 0.55, 1.0)]
+    assert not flat(rehearsed, 100), "at step 100 the embedding began again at the initializer, whose loss was 1"
 
 
 def test_the_rate_needs_no_number_of_steps_and_follows_the_agreement():
@@ -156,6 +146,7 @@ def trainable(load, checkpoints, pictures):
 
 def test_run_without_progress_ends_by_itself_and_says_so(trainable, monkeypatch):
     monkeypatch.setattr(training, "SIGNAL_TO_NOISE", 2)  # sooner
+    monkeypatch.setattr(training, "MOST_STEPS_WITHOUT_GAIN", 100)
     model, start = trainable
     config = TrainConfig(learning_rate=1e-6, steps=500, evaluate_every=2, batch_size=1)
     dataset, embedding, steps = start(config, ["a photo of {}"])
@@ -187,25 +178,28 @@ def test_vectors_that_are_surely_worse_than_the_initializer_are_not_kept():
     assert step.progress.flat > 0
 
 
-def test_embedding_waits_for_the_image_tokens(trainable):
+def test_embedding_is_learned_again_after_a_rehearsal(trainable):
+    """From the initializer, beside per-image tokens that know their pictures; until then the first one is kept."""
     _, start = trainable
     config = TrainConfig(steps=60, evaluate_every=5, batch_size=2, patience=0)
     _, embedding, steps = start(config)
-    moved, before = [], {key: vectors.clone() for key, vectors in embedding.vectors.items()}
+    now, first = [], embedding.snapshot().vectors
     for step in steps:
-        now = step.state.tokens.concept.vectors
-        moved.append(any(not torch.equal(now[key].detach(), before[key]) for key in now))
-        tokens = step.state.tokens.per_image
-    released = step.progress.released
-    assert 0 < released <= 15 + 5
-    assert moved == [number > released for number in range(61)]
-    assert len(tokens) == 2
+        now.append(step.state.tokens.concept.snapshot().vectors)
+        if step.number == 15:
+            rehearsed = step
+            assert all(torch.equal(step.state.ema.concept.vectors[key], first[key]) for key in first)
+    at_start = [all(torch.equal(vectors[key], first[key]) for key in first) for vectors in now]
+    # It also stands still for the first twentieth.
+    assert [number for number, is_first in enumerate(at_start) if is_first] == [0, 1, 2, 3, 15]
+    assert (step.progress.began, rehearsed.best_step) == (15, 15)
+    assert len(step.state.tokens.per_image) == 2
 
 
-def test_embedding_does_not_wait_where_every_picture_has_a_caption_or_steps_are_few(trainable):
+def test_there_is_no_rehearsal_where_every_picture_has_a_caption_or_steps_are_few(trainable):
     _, start = trainable
-    for config, captions in ((TrainConfig(steps=100), ["a photo of {}"]), (TrainConfig(steps=8), ())):
-        assert next(start(config, captions)[2]).progress.released == 0
+    for config, captions in ((TrainConfig(steps=100), ["a photo of {}"]), (TrainConfig(steps=3), ())):
+        assert next(start(config, captions)[2]).progress.began == 0
 
 
 def test_stopping_keeps_what_was_learned_since_the_last_evaluation(trainable):
@@ -253,19 +247,19 @@ def test_report_tells_chance_from_learning_and_how_it_ended(trainable):
 
 @pytest.mark.parametrize("patience", [0, 2])
 @pytest.mark.parametrize(
-    ("released", "step", "flat", "told"),
+    ("began", "step", "flat", "told"),
     [
-        (None, 9, 0, "had not begun to learn"),
+        (99, 9, 0, "ended in the rehearsal"),
         (5, 9, 1, "too early to tell"),
         (5, 99, 0, "more steps would help"),
         (5, 9999, 2, "more would hardly help"),
     ],
 )
-def test_report_tells_whether_more_steps_would_help(trainable, released, step, flat, told, patience):
+def test_report_tells_whether_more_steps_would_help(trainable, began, step, flat, told, patience):
     _, start = trainable
     config = TrainConfig(patience=patience)
     first = next(start(config, ["{}"])[2]).progress
-    progress = replace(first, released=released, step=step, flat=flat, agreement=0.5)
+    progress = replace(first, began=began, step=step, flat=flat, agreement=0.5)
     assert told in more_steps(progress, config)
 
 

@@ -21,8 +21,7 @@ from .objective import fixed_losses
 from .processes import ALONE, Processes
 
 CERTAIN = 2.0  # standard errors
-SETTLED = 0.1  # the last stretch lowered the loss by less than this share of the whole fall
-FLAT = 0.2  # the second half of the run brought less than this share of what the word is worth
+FLAT = 0.1  # the second half of the run brought less than this share of what the word is worth
 NEGLIGIBLE = 1e-4  # of the loss
 SHARE = 0.12  # of the work of training that evaluations take in a long run
 FORWARD_ROWS = 3  # evaluated in the time that one row takes in training, which has a backward pass
@@ -79,29 +78,20 @@ def gain(evaluations: Sequence[Evaluation], at: Evaluation) -> Difference:
     return Difference.of(fairest(evaluations).initial, at.learned)
 
 
-def settled(evaluations: Sequence[Evaluation]) -> bool:
-    """Whether the per-image tokens have found their place: the last stretch surely brought little."""
-    if len(evaluations) < 3:
-        return False
-    first, before, last = evaluations[0], evaluations[-2], evaluations[-1]
-    whole = Difference.of(first.initial, last.initial).mean
-    recent = Difference.of(before.initial, last.initial)
-    return recent.mean + CERTAIN * recent.error < SETTLED * whole
-
-
-def flat(evaluations: Sequence[Evaluation], released: int) -> bool:
-    """Whether the second half of the run since step ``released`` added little to what the embedding is worth.
+def flat(evaluations: Sequence[Evaluation], began: int) -> bool:
+    """Whether the second half of the run since step ``began`` added little to what the embedding is worth.
 
     Progress is a lower loss, and a larger distance to the initializer beside the same per-image tokens. With only
     the first the tokens learn, not the embedding. And where the initializer gets worse beside them, they hand over
     to the embedding what they had learned, such as a background.
     """
     last = evaluations[-1]
-    middle = released + (last.step - released) / 2
+    middle = began + (last.step - began) / 2
     half = max((e for e in evaluations if e.step <= middle), key=lambda e: e.step)
-    rows = len(half.learned)
-    lower = Difference.of(half.learned, last.learned).mean
-    apart = Difference.of(last.initial[:rows] - last.learned[:rows], half.initial - half.learned).mean
+    learned = half.learned if half.step > began else half.initial  # with which it began
+    rows = len(learned)
+    lower = Difference.of(learned, last.learned).mean
+    apart = Difference.of(last.initial[:rows] - last.learned[:rows], half.initial - learned).mean
     handing_over = Difference.of(last.initial, half.initial).certain
     enough = max(FLAT * gain(evaluations, last).mean, NEGLIGIBLE * last.loss)
     return handing_over or min(lower, apart) < enough
@@ -130,25 +120,25 @@ class Evaluator:
             self._blocks[number] = fixed_batches(self.dataset, self.config, block=number)
         return self._blocks[number]
 
-    def steps_apart(self, step: int, released: bool) -> int:
+    def steps_apart(self, step: int) -> int:
         """A sixth of the run, but at least ``evaluate_every`` steps for each pass that an evaluation needs."""
-        passes = 2 if released and self.others else 1
+        passes = 2 if self.others else 1
         return max(passes * self.config.evaluate_every, step // 6)
 
-    def evaluate(self, step: int, tokens: TrainedTokens, before: Sequence[Evaluation], released: bool) -> Evaluation:
-        """``tokens`` are the averaged vectors; before they are ``released`` the concept's are the initializer's.
+    def evaluate(self, step: int, tokens: TrainedTokens, before: Sequence[Evaluation]) -> Evaluation:
+        """``tokens`` are the averaged vectors.
 
         Twice the rows where the evaluations ``before`` cannot tell the gain from chance.
         """
         rows = sum(len(batch.prompts) for batch in self.block(0))
-        passes = 2 if released and self.others else 1
+        passes = 2 if self.others else 1
         count = 1
         if before:
             pictures = (step - before[-1].step) * self.config.batch_size * self.config.accumulation
             share = SHARE if gain(before, before[-1]).certain else 2 * SHARE
             count = min(MOST_BLOCKS, max(1, int(share * pictures * FORWARD_ROWS / (rows * passes))))
         learned = torch.cat([self._losses(tokens.embeddings, n) for n in range(count)])
-        if not released:
+        if not before:
             return Evaluation(step, learned, learned)
         return Evaluation(step, torch.cat([self._initial(tokens, n) for n in range(count)]), learned)
 

@@ -117,8 +117,8 @@ def how_it_ended(progress: Progress, config: TrainConfig) -> str:
 
 def more_steps(progress: Progress, config: TrainConfig) -> str:
     """Whether more steps would have helped a run that ended here."""
-    if progress.released is None:
-        return "The word had not begun to learn: more steps would help."
+    if progress.step <= progress.began > 0:
+        return "It ended in the rehearsal, after which the word is learned again: more steps would help."
     # Where training may end by itself there is enough to tell.
     endless = replace(config, steps=MOST_STEPS, patience=max(1, config.patience))
     if progress.step < earliest_end(progress, endless):
@@ -171,8 +171,7 @@ def about_vectors(
 ) -> str:
     """The words nearest to the vectors of text encoder ``key``, and whether they drown others or have no influence."""
     vectors, vocabulary = last.best.vectors[key], model.vocabularies()[key]
-    began = last.progress.released
-    if began is not None and last.best_step > began and torch.equal(vectors, start.vectors[key]):
+    if last.best_step > 0 and torch.equal(vectors, start.vectors[key]):
         return f"{key} has no influence on this model's pictures: its vectors are still those of {origin}."
     (nearest,) = vocabulary.nearest(vectors.mean(0, keepdim=True), 5)
     text = f"Nearest words of {key}: {', '.join(f'{word} {cosine:.2f}' for word, cosine in nearest)}."

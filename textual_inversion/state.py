@@ -31,20 +31,25 @@ class Progress:
     """The averaged vectors to keep."""
     evaluations: tuple[Evaluation, ...]
     """Of the averaged vectors, the first one before the first step."""
+    began: int
+    """The step at which the rehearsal ends and the embedding begins again at the initializer. 0: there is none."""
     step: int = 0
     best_step: int = 0
-    released: int | None = None
-    """The step after which the embedding began to move; None while it waits for the per-image tokens."""
     flat: int = 0
     """How many of the last evaluations in a row showed no progress."""
     agreement: float = 0.0
-    """Of the gradients near the start (see ``agreement.Agreement``)."""
+    """Of the gradients at the start (see ``agreement.Agreement``)."""
     skipped: int = 0
     """Steps that were not taken, because the loss or the gradient of their batch was not a number."""
 
     @property
     def initial_loss(self) -> float:
         return self.evaluations[0].loss
+
+    @property
+    def round_began(self) -> int:
+        """The step at which the embedding was last put to the initializer's vectors."""
+        return self.began if self.step >= self.began else 0
 
     @property
     def evaluated_step(self) -> int:
@@ -64,7 +69,7 @@ class Progress:
         return gain(self.evaluations, self.best_evaluation)
 
 
-NUMBERS = ("loss", "step", "best_step", "released", "flat", "agreement", "skipped")
+NUMBERS = ("loss", "step", "best_step", "began", "flat", "agreement", "skipped")
 
 
 @dataclass
@@ -102,6 +107,15 @@ class TrainState:
         best = Embedding(self.progress.best.trigger, saved["best"], self.progress.best.metadata)
         evaluations = tuple(Evaluation(**evaluation) for evaluation in saved["evaluations"])
         self.progress = Progress(best=best, evaluations=evaluations, **saved["progress"])
+
+    @torch.no_grad()
+    def restart(self, start: Embedding) -> None:
+        """Puts the concept's vectors back to ``start``, and forgets what their optimizer and averages know."""
+        for key, vectors in self.tokens.concept.vectors.items():
+            vectors.copy_(start.vectors[key])
+            self.ema.concept.vectors[key].copy_(vectors)
+            self.optimizer.state.pop(vectors, None)
+        self.agreement = Agreement()
 
     def is_same_model(self, saved: dict[str, Any]) -> bool:
         """Whether ``saved`` is of this model: the same encoders, and at the start the same loss on fixed noise."""
@@ -145,7 +159,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
     return torch.load(io.BytesIO(data[begin:]), weights_only=True)
 
 
-RECIPE = 3  # counts changes of training that make an older unfinished run another run
+RECIPE = 4  # counts changes of training that make an older unfinished run another run
 
 
 def saved_settings(config: TrainConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from .config import TrainConfig
 from .dataset import Batch, Dataset, training_batches
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
-from .evaluation import Difference, Evaluator, fairest, flat, settled
+from .evaluation import Difference, Evaluator, fairest, flat
 from .gradients import Share, compute_gradients
 from .image_tokens import TrainedTokens, new_image_tokens
 from .memory import enable_checkpointing_if_needed, out_of_memory_explained
@@ -27,20 +27,19 @@ from .state import Progress, TrainState
 # The default schedule, in steps and shares (docs/method.md).
 DECAY_STEPS = 10  # the rate falls as 1 / sqrt(1 + steps / DECAY_STEPS)
 AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agreement
-SETTLED_IMAGE_RATE = 0.3  # of the per-image tokens' rate, once the embedding moves
-# An object's embedding waits for the per-image tokens, unless its gradients agree so much that they separate the two
-# anyway: then tokens alone soon explain what all pictures have in common. Those of a style have another part.
-NEED_NO_WAIT = 0.5  # agreement
-LONGEST_WAIT = 200  # steps
-LONGEST_WAIT_SHARE = 1 / 4  # of all steps, where they are few
+# Beside per-image tokens the embedding is learned twice: first in a rehearsal, in which those learn what each picture
+# shows, and then from the initializer again, since until they knew it the embedding took it in.
+REHEARSAL = 100  # steps
+REHEARSAL_SHARE = 1 / 4  # of all steps, where they are few
 AVERAGED_SHARE = 1 / 3  # of the run, its end
 
-AGREEMENT_STEPS = 50  # within which the agreement is taken where it is highest: later there is less to learn
+# Everything stands still for the first steps, in which it is measured how far gradients agree.
+MEASURED_STEPS = 10
+MEASURED_SHARE = 1 / 20  # of all steps, where they are few
 
 # Before it may end by itself, the steps in which what the gradients agree on comes to several times their noise:
 # the mean of n gradients has n x agreement / (1 - agreement) times as much of it as of noise, in squares.
 SIGNAL_TO_NOISE = 20
-WAIT_SIGNAL_TO_NOISE = 16  # the same for the wait
 MOST_STEPS_WITHOUT_GAIN = 1000
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
 
@@ -184,7 +183,7 @@ def learn(
         unusable = 0
         if number == 1:
             _check_gradients(model, tokens, share.batches[0])
-        state.agreement.add([vectors.grad for vectors in tokens.concept.parameters() if vectors.grad is not None])
+        _measure_agreement(state, config)
         rate = _set_rates(optimizer, state, config)
         # No interruption point before the progress is set: a saved state must be consistent.
         optimizer.step()
@@ -218,15 +217,14 @@ def still_improving(progress: Progress, config: TrainConfig) -> bool:
 def earliest_end(progress: Progress, config: TrainConfig) -> int:
     """The step after which training may end by itself, as far as it is known now: later while it is improving.
 
-    Until the gain can be told from chance it takes five times as many steps.
+    After a rehearsal not before as many steps again, and not before 1000 while the gain cannot be told from chance.
     """
     if config.patience == 0:
         return config.steps
     enough = SIGNAL_TO_NOISE / max(progress.agreement, LEAST_AGREEMENT)
     if progress.flat and not progress.gain.certain:
-        enough = max(enough, min(5 * enough, MOST_STEPS_WITHOUT_GAIN))
-    released = progress.step if progress.released is None else progress.released
-    return min(config.steps, max(progress.step, released + math.ceil(enough)))
+        enough = max(enough, MOST_STEPS_WITHOUT_GAIN)
+    return min(config.steps, max(progress.step, progress.began + max(progress.began, math.ceil(enough))))
 
 
 def _initial_state(
@@ -239,49 +237,42 @@ def _initial_state(
     ema = tokens.snapshot()
     if average is not None:
         ema = replace(ema, concept=average)
-    longest_wait = min(LONGEST_WAIT, config.steps * LONGEST_WAIT_SHARE)
-    waits = bool(tokens.per_image) and longest_wait >= config.evaluate_every
-    first = evaluator.evaluate(0, ema, (), released=not waits)
+    first = evaluator.evaluate(0, ema, ())
     if not math.isfinite(first.loss):
         raise TrainingError(
             "The loss is not a number before the first step: this model or VAE overflows in its "
             "precision. Try a bf16 or fp32 model, or a VAE that works in fp16."
         )
-    progress = Progress(first.loss, ema.concept.snapshot(), (first,), released=None if waits else 0)
+    began = int(min(REHEARSAL, config.steps * REHEARSAL_SHARE)) if tokens.per_image else 0
+    progress = Progress(first.loss, ema.concept.snapshot(), (first,), began)
     return TrainState(tokens, optimizer, ema, Agreement(), progress)
 
 
 def _evaluate_if_due(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> float | None:
-    step, released = state.progress.step, state.progress.released is not None
+    step = state.progress.step
     apart = step - state.progress.evaluated_step
-    if apart and (apart >= evaluator.steps_apart(step, released) or step == config.steps):
-        return _evaluate(state, evaluator, config)
-    return None
+    due = apart >= evaluator.steps_apart(step) or step in (state.progress.began, config.steps)
+    return _evaluate(state, evaluator, config) if apart and due else None
 
 
 def _evaluate(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> float:
-    """The fixed loss of the averaged vectors. Decides what is kept, and when the embedding begins to move."""
-    progress, ema, released = state.progress, state.ema, state.progress.released
-    last = evaluator.evaluate(progress.step, ema, progress.evaluations, released is not None)
+    """The fixed loss of the averaged vectors. Decides what is kept, and ends the rehearsal."""
+    progress, ema = state.progress, state.ema
+    last = evaluator.evaluate(progress.step, ema, progress.evaluations)
     progress = replace(progress, evaluations=(*progress.evaluations, last))
-    if progress.step <= AGREEMENT_STEPS:
-        progress = replace(progress, agreement=max(progress.agreement, state.agreement.value))
-    if released is None:
-        progress = replace(progress, best_step=last.step)
-        least = WAIT_SIGNAL_TO_NOISE / max(progress.agreement, LEAST_AGREEMENT)
-        longest = min(LONGEST_WAIT, config.steps * LONGEST_WAIT_SHARE)
-        clear = progress.agreement >= NEED_NO_WAIT and config.kind != "style"
-        if clear or progress.step >= longest or (progress.step >= least and settled(progress.evaluations)):
-            progress = replace(progress, released=progress.step)
-    else:
-        # A running mean gets better with every step, so the latest one is kept unless it is surely worse than the
-        # one before, or than the initializer.
-        worse = Difference.of(last.learned, progress.best_evaluation.learned).certain
-        useless = Difference.of(last.learned, fairest(progress.evaluations).initial).certain
-        if not (worse or useless):
-            progress = replace(progress, best=ema.concept.snapshot(), best_step=last.step)
-        is_flat = worse or flat(progress.evaluations, released)
+    # A running mean gets better with every step, so the latest one is kept unless it is surely worse than the
+    # one before, or than the initializer.
+    before, rehearsed = progress.best_evaluation, progress.step > progress.began
+    same_round = before.step > progress.began or not rehearsed
+    worse = same_round and Difference.of(last.learned, before.learned).certain
+    useless = Difference.of(last.learned, fairest(progress.evaluations).initial).certain
+    if not (worse or useless):
+        progress = replace(progress, best=ema.concept.snapshot(), best_step=last.step)
+    if rehearsed:
+        is_flat = worse or flat(progress.evaluations, progress.began)
         progress = replace(progress, flat=progress.flat + 1 if is_flat else 0)
+    elif progress.step == progress.began:
+        state.restart(evaluator.initial)
     state.progress = progress
     return last.loss
 
@@ -290,28 +281,40 @@ def _keep(choice: Choice, state: TrainState, evaluator: Evaluator) -> float:
     """Makes the chosen vectors the best ones, and returns their fixed loss beside the per-image tokens of now."""
     others = tuple(evaluation for evaluation in state.progress.evaluations if evaluation.step != choice.step)
     tokens = replace(state.ema, concept=choice.vectors)
-    chosen = evaluator.evaluate(choice.step, tokens, others, released=True)
+    chosen = evaluator.evaluate(choice.step, tokens, others)
     state.progress = replace(state.progress, evaluations=(*others, chosen), best=choice.vectors, best_step=choice.step)
     return chosen.loss
 
 
+def _measure_agreement(state: TrainState, config: TrainConfig) -> None:
+    """Adds the concept's gradients. How far the first ones agree, while it stands still, is what the run tells."""
+    concept = state.tokens.concept
+    state.agreement.add([vectors.grad for vectors in concept.parameters() if vectors.grad is not None])
+    if state.progress.step < MEASURED_STEPS:
+        state.progress = replace(state.progress, agreement=state.agreement.value)
+
+
+def _measured_steps(config: TrainConfig) -> int:
+    return int(min(MEASURED_STEPS, config.steps * MEASURED_SHARE))
+
+
 def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> float:
     """Sets the learning rates of the next step and returns the embedding's."""
-    done, released = state.progress.step, state.progress.released
     agreement, highest = max(state.agreement.value, LEAST_AGREEMENT), learning_rate(config)
+    done, still = state.progress.step, _measured_steps(config)
+    began = max(state.progress.round_began, still)
     concept, *per_image = optimizer.param_groups
-    rate = 0.0 if released is None else highest * learning_rate_factor(done, released, agreement, config)
-    concept["lr"], concept["agreement"] = rate, agreement
+    concept["lr"] = highest * learning_rate_factor(done, began, agreement, config) if done >= still else 0.0
+    concept["agreement"] = agreement
     for group in per_image:
-        factor = learning_rate_factor(done, 0, 1.0, config)
-        group["lr"] = highest * factor * (1.0 if released is None else SETTLED_IMAGE_RATE)
-    return rate
+        group["lr"] = highest * learning_rate_factor(done, still, 1.0, config) if done >= still else 0.0
+    return concept["lr"]
 
 
 def _update_averages(state: TrainState, number: int, config: TrainConfig) -> None:
-    """Moves every running mean; the embedding's begins when the embedding does."""
-    keeps_length, released = OPTIMIZERS[config.optimizer].keeps_length, state.progress.released
-    parts = ((state.ema.concept, state.tokens.concept, number - (released or 0)),)
+    """Moves every running mean; the embedding's begins where the embedding does."""
+    keeps_length = OPTIMIZERS[config.optimizer].keeps_length
+    parts = ((state.ema.concept, state.tokens.concept, number - state.progress.round_began),)
     parts += tuple((mean, now, number) for mean, now in zip(state.ema.per_image, state.tokens.per_image, strict=True))
     for mean, now, steps in parts:
         weight = max(1 - config.averaging, 1 / (1 + AVERAGED_SHARE * (steps - 1)))
