@@ -295,7 +295,8 @@ def _measure_agreement(state: TrainState, config: TrainConfig) -> None:
 
 
 def _measured_steps(config: TrainConfig) -> int:
-    return int(min(MEASURED_STEPS, config.steps * MEASURED_SHARE))
+    """Only the automatic schedule has them: cosine and constant rates are the chosen ones from the first step."""
+    return int(min(MEASURED_STEPS, config.steps * MEASURED_SHARE)) if config.schedule == "automatic" else 0
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> float:
