@@ -183,7 +183,7 @@ def learn(
         unusable = 0
         if number == 1:
             _check_gradients(model, tokens, share.batches[0])
-        _measure_agreement(state, config)
+        _measure_agreement(state)
         rate = _set_rates(optimizer, state, config)
         # No interruption point before the progress is set: a saved state must be consistent.
         optimizer.step()
@@ -286,7 +286,7 @@ def _keep(choice: Choice, state: TrainState, evaluator: Evaluator) -> float:
     return chosen.loss
 
 
-def _measure_agreement(state: TrainState, config: TrainConfig) -> None:
+def _measure_agreement(state: TrainState) -> None:
     """Adds the concept's gradients. How far the first ones agree, while it stands still, is what the run tells."""
     concept = state.tokens.concept
     state.agreement.add([vectors.grad for vectors in concept.parameters() if vectors.grad is not None])
