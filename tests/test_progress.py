@@ -1,5 +1,6 @@
 """How a run tells whether it learns: agreement of gradients, paired evaluations, what is kept, and when it ends."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -179,19 +180,24 @@ def test_vectors_that_are_surely_worse_than_the_initializer_are_not_kept():
 
 
 def test_embedding_is_learned_again_after_a_rehearsal(trainable):
-    """From the initializer, beside per-image tokens that know their pictures; until then the first one is kept."""
+    """From the initializer, beside per-image tokens that know their pictures, and at first stand still."""
     _, start = trainable
     config = TrainConfig(steps=60, evaluate_every=5, batch_size=2, patience=0)
     _, embedding, steps = start(config)
-    now, first = [], embedding.snapshot().vectors
+    now, per_image, first = [], [], embedding.snapshot().vectors
     for step in steps:
         now.append(step.state.tokens.concept.snapshot().vectors)
+        per_image.append(
+            torch.cat([vectors for image in step.state.tokens.snapshot().per_image for vectors in image.parameters()])
+        )
         if step.number == 15:
             rehearsed = step
             assert all(torch.equal(step.state.ema.concept.vectors[key], first[key]) for key in first)
     at_start = [all(torch.equal(vectors[key], first[key]) for key in first) for vectors in now]
     # It also stands still for the first twentieth.
     assert [number for number, is_first in enumerate(at_start) if is_first] == [0, 1, 2, 3, 15]
+    stood_still = [torch.equal(before, after) for before, after in itertools.pairwise(per_image)]
+    assert [step for step, still in enumerate(stood_still, 1) if still] == [1, 2, 3, 16, 17, 18]
     assert (step.progress.began, rehearsed.best_step) == (15, 15)
     assert len(step.state.tokens.per_image) == 2
 

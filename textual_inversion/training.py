@@ -28,9 +28,11 @@ from .state import Progress, TrainState
 DECAY_STEPS = 10  # the rate falls as 1 / sqrt(1 + steps / DECAY_STEPS)
 AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agreement
 # Beside per-image tokens the embedding is learned twice: first in a rehearsal, in which those learn what each picture
-# shows, and then from the initializer again, since until they knew it the embedding took it in.
+# shows, and then from the initializer again, since until they knew it the embedding took it in. It gets a head start:
+# all tokens together would otherwise explain the thing before the embedding does.
 REHEARSAL = 100  # steps
 REHEARSAL_SHARE = 1 / 4  # of all steps, where they are few
+HEAD_START = 1 / 5  # of the rehearsal, in which the per-image tokens stand still after it
 AVERAGED_SHARE = 1 / 3  # of the run, its end
 
 # Everything stands still for the first steps, in which it is measured how far gradients agree.
@@ -217,14 +219,14 @@ def still_improving(progress: Progress, config: TrainConfig) -> bool:
 def earliest_end(progress: Progress, config: TrainConfig) -> int:
     """The step after which training may end by itself, as far as it is known now: later while it is improving.
 
-    After a rehearsal not before as many steps again, and not before 1000 while the gain cannot be told from chance.
+    Not before twice as many steps as the rehearsal had, nor before 1000 while the gain cannot be told from chance.
     """
     if config.patience == 0:
         return config.steps
     enough = SIGNAL_TO_NOISE / max(progress.agreement, LEAST_AGREEMENT)
     if progress.flat and not progress.gain.certain:
         enough = max(enough, MOST_STEPS_WITHOUT_GAIN)
-    return min(config.steps, max(progress.step, progress.began + max(progress.began, math.ceil(enough))))
+    return min(config.steps, max(progress.step, progress.began + max(2 * progress.began, math.ceil(enough))))
 
 
 def _initial_state(
@@ -302,13 +304,15 @@ def _measured_steps(config: TrainConfig) -> int:
 def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> float:
     """Sets the learning rates of the next step and returns the embedding's."""
     agreement, highest = max(state.agreement.value, LEAST_AGREEMENT), learning_rate(config)
-    done, still = state.progress.step, _measured_steps(config)
+    done, rehearsal, still = state.progress.step, state.progress.began, _measured_steps(config)
     began = max(state.progress.round_began, still)
+    head_start = rehearsal <= done < rehearsal * (1 + HEAD_START)
     concept, *per_image = optimizer.param_groups
     concept["lr"] = highest * learning_rate_factor(done, began, agreement, config) if done >= still else 0.0
     concept["agreement"] = agreement
     for group in per_image:
-        group["lr"] = highest * learning_rate_factor(done, still, 1.0, config) if done >= still else 0.0
+        moves = done >= still and not head_start
+        group["lr"] = highest * learning_rate_factor(done, still, 1.0, config) if moves else 0.0
     return concept["lr"]
 
 
