@@ -143,7 +143,7 @@ SD3["context_embedder_config"] = {
     "target": "torch.nn.Linear",
     "params": {"in_features": 4096, "out_features": 128},
 }
-PIXART = {"num_heads": 16, "patch_size": 2, "hidden_size": 1152, "in_channels": 4, "depth": 2}
+PIXART = {"num_heads": 16, "patch_size": 2, "hidden_size": 1152, "in_channels": 4, "depth": 1}
 PIXART |= {"model_max_length": 120, "input_size": 64, "pe_interpolation": 1}
 ANIMA = {"image_model": "anima", "max_img_h": 240, "max_img_w": 240, "max_frames": 128}
 ANIMA |= {"in_channels": 16, "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1}
