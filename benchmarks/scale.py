@@ -347,7 +347,8 @@ def main() -> None:
         way, steps, output = args.worker
         return worker(way, int(steps), Path(output))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    jobs = {f"library_{args.processes}": lambda: library(args.library, args.processes, args.steps)} if args.library else {
+    learned = f"library_{args.processes}"
+    jobs = {learned: lambda: library(args.library, args.processes, args.steps)} if args.library else {
         name: lambda part=part: part(args.times) for name, part in parts.items() if args.only in (None, name)
     }  # fmt: skip
     for name, job in jobs.items():
