@@ -291,6 +291,34 @@ def test_only_pictures_without_captions_get_tokens_of_their_own(changes, caption
     assert all(config.trigger in prompt for prompt in dataset.prompts[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "used"),
+    [
+        ("whole", True),
+        ("cut out", False),
+        ("cut out, soft", False),
+        ("down to the lower edge", False),
+        ("without a corner", True),
+        ("without the middle", True),
+    ],
+)
+def test_a_picture_whose_background_is_masked_gets_no_token_for_it(name, used):
+    """Nothing but the thing itself would be left for it to explain. In a style it stands for the thing."""
+    mask = torch.ones(1, 64, 48)
+    if name.startswith("cut out") or name.startswith("down"):
+        mask.zero_()[:, 8 : 64 if name.startswith("down") else 56, 6:42] = 1
+        mask = mask.clamp(min=0.2) if name.endswith("soft") else mask
+    elif name == "without a corner":
+        mask[:, :16, :16] = 0
+    elif name == "without the middle":
+        mask[:, 16:48, 12:36] = 0
+    for kind in ("object", "face", "style"):
+        config = TrainConfig(kind=kind)
+        picture = torch.rand(1, 64, 48, 3)
+        dataset = make_dataset(lambda images: [torch.zeros(4, 8, 6) for _ in images], [picture], [mask], [], config)
+        assert bool(dataset.image_triggers[0]) == (used or kind == "style")
+
+
 @pytest.mark.parametrize("index", [slice(1, 3), [2, 0], torch.tensor([True, False, True])])
 @pytest.mark.parametrize("masked", [False, True])
 def test_rows_of_a_batch(index, masked):

@@ -189,7 +189,7 @@ def make_dataset(
         captions = list(captions) * len(images)
     prompts, image_triggers = [], []
     for index, caption in enumerate(captions or [""] * len(images)):
-        image = image_trigger(index) if uses_image_tokens(config, caption) else ""
+        image = image_trigger(index) if uses_image_tokens(config, caption, masks[index] if masks else None) else ""
         image_triggers.append(image)
         if caption.strip():
             prompts.append((caption_prompt(caption, config.trigger, config.kind),))

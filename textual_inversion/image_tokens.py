@@ -8,6 +8,7 @@ under a style for its subject. These tokens are trained with the embedding and t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .config import TrainConfig
@@ -86,9 +87,21 @@ class TrainedTokens:
         return TrainedTokens(concept, tuple(per_image), self.beside)
 
 
-def uses_image_tokens(config: TrainConfig, caption: str) -> bool:
-    """Whether a picture with this caption gets tokens of its own. A custom template has no place for them."""
-    return config.per_image_tokens > 0 and config.kind in IMAGE_TEMPLATES and not caption.strip()
+def uses_image_tokens(config: TrainConfig, caption: str, mask: Tensor | None) -> bool:
+    """Whether a picture with this caption and mask (1, H, W) gets tokens of its own.
+
+    A custom template has no place for them. And where the background is masked, there is nothing else than the thing
+    itself that they could explain.
+    """
+    if config.per_image_tokens == 0 or config.kind not in IMAGE_TEMPLATES or caption.strip():
+        return False
+    return mask is None or config.kind == "style" or _shows_background(mask)
+
+
+def _shows_background(mask: Tensor) -> bool:
+    """Whether a mask (1, H, W) counts most of the picture's edge."""
+    edge = torch.cat([mask[..., [0, -1], :].flatten(), mask[..., [0, -1]].flatten()])
+    return edge.float().mean().item() > 0.5
 
 
 def image_trigger(index: int) -> str:
