@@ -329,7 +329,9 @@ def on_a_server(checkpoint: Path, flags: tuple[str, ...], small: bool) -> dict[s
         graph["train"]["inputs"]["seed"] = 1
 
         def interrupt(event: dict[str, Any]) -> None:
-            if event["type"] == "progress" and event["data"]["value"] == interrupted_at:
+            data = event["data"]
+            # Of training: the search for a word and previews count to less than twice that.
+            if event["type"] == "progress" and data["value"] == interrupted_at and data["max"] > 2 * interrupted_at:
                 comfyui.interrupt()
 
         comfyui.run(graph, on_event=interrupt, check=False)
