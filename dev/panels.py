@@ -67,8 +67,13 @@ def take(name: str, pictures: str, cosine: float) -> None:
             workflow = for_demo_model(TEMPLATE, pictures, preview_every=200)
             page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
             page.evaluate("app.queuePrompt(0)")
-            number = page.evaluate("app.graph.nodes.find(node => node.comfyClass === 'TI_Train').id")
-            page.evaluate("app.canvas.ds.scale = 1; app.canvas.setDirty(true, true)")
+            number = page.evaluate("""() => {
+                const node = app.graph.nodes.find(node => node.comfyClass === 'TI_Train');
+                app.canvas.ds.scale = 1;
+                app.canvas.ds.offset = [300 - node.pos[0], 120 - node.pos[1]];
+                app.canvas.setDirty(true, true);
+                return node.id;
+            }""")  # fmt: skip
             page.locator(".ti-strip").get_by_text("result").wait_for(timeout=SECONDS * 1000)
             page.wait_for_timeout(2000)
             picture = Image.open(io.BytesIO(page.locator(f'[data-node-id="{number}"] .ti-train').screenshot()))
