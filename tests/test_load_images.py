@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from pillow_heif import from_pillow
 from ti_pack.nodes.load_images import LoadImages  # pyright: ignore[reportMissingImports]  made by conftest.py
 from ti_pack.nodes.picture_folders import VARIABLE  # pyright: ignore[reportMissingImports]
 
-from textual_inversion import UserError
+from textual_inversion import UserError, picture_files
 from textual_inversion.dataset import resize
 from textual_inversion.picture_files import KINDS, NOTHING_OPAQUE, decoded, picture_info, thumbnail
 from textual_inversion.pictures import caption_text, folder_files, load_folder
@@ -137,6 +138,7 @@ def saved(kind: str, image: Image.Image | None = None, **options) -> bytes:
 
 ROWS = (b"IDAT", zlib.compress(bytes(17 * 16)))
 NO_PICTURE = "it is damaged, or no picture of a kind that is read here"
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
 BAD_FILES = {
     "empty.png": (b"", "it is empty"),
     "page.jpg": (b"<html><body>Not found</body></html>", NO_PICTURE),
@@ -152,8 +154,7 @@ BAD_FILES = {
     "layers.png": (b"8BPS" + bytes(60), NO_PICTURE),
     "texture.png": (b"DDS " + bytes(124), NO_PICTURE),
     "drawing.jpg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NO_PICTURE),
-    "phone.heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "HEIC is not supported here"),
-    "phone.jpg": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(40), "HEIC is not supported here"),
+    "phone.heic": (HEIC, NO_PICTURE),
     "bomb.png": (png(ROWS, width=20_000, height=20_000, depth=1), "pixels"),
     "bomb.gif": (b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2\2D\1\0;", "pixels"),
     "thin.png": (saved("PNG", picture(1, 400)), "smaller than 8 pixels"),
@@ -191,10 +192,22 @@ def test_a_picture_whose_used_part_is_transparent_is_left_out(tmp_path):
         load_folder(tmp_path, 64, square=True)
 
 
-def test_heic_is_read_where_pillow_reads_it(tmp_path):
-    if "HEIF" not in Image.OPEN:
-        pytest.skip("pillow-heif is not installed")
-    picture(64, 64).save(tmp_path / "a.heic")
+@pytest.mark.parametrize(("name", "brand"), [("phone.heic", b"heic"), ("phone.jpg", b"mif1")])
+def test_heic_is_named_where_pillow_heif_is_missing(tmp_path, monkeypatch, name, brand):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(Image, "OPEN", {kind: opens for kind, opens in Image.OPEN.items() if kind != "HEIF"})
+    (tmp_path / "a.png").write_bytes(saved("PNG"))
+    (tmp_path / name).write_bytes(HEIC.replace(b"heic", brand, 1))
+    picture_files._kinds.cache_clear()
+    try:
+        ((named, why),) = load_folder(tmp_path, 64).left_out
+    finally:
+        picture_files._kinds.cache_clear()
+    assert (named, why[:26]) == (name, "HEIC is not supported here")
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
+    from_pillow(picture(64, 64)).save(tmp_path / "a.heic")
     assert load_folder(tmp_path, 0).images[0].shape == (1, 64, 64, 3)
 
 
