@@ -16,9 +16,8 @@ from playwright.sync_api import sync_playwright
 from demo.workflow import for_demo_model
 
 from .comfyui_server import ComfyServer
-from .get_browser import browser_path
 from .get_comfyui import ROOT
-from .screenshots import FRONT_END, SETTINGS
+from .screenshots import FRONT_END, bring_into_view, opened
 
 TEMPLATE = ROOT / "example_workflows/Train an embedding (SD1.5).json"
 RUNS = {"easy": ("heart", 0.0), "noisy": ("heart", 0.05), "hopeless": ("nothing", 0.0)}  # pictures, cosine
@@ -59,26 +58,16 @@ def take(name: str, pictures: str, cosine: float) -> None:
             for number in range(4):
                 noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
                 Image.fromarray(noise).save(server.base / f"input/nothing/{number}.png")
-            server.http.post(f"{server.url}/settings", json=SETTINGS, timeout=60).raise_for_status()
-            browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1600, "height": 1600})
-            page.goto(server.url)
-            page.wait_for_function("window.app?.extensionManager && app.graph")
+            page = opened(server, playwright)
             workflow = for_demo_model(TEMPLATE, pictures, preview_every=200)
             page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
             page.evaluate("app.queuePrompt(0)")
-            number = page.evaluate("""() => {
-                const node = app.graph.nodes.find(node => node.comfyClass === 'TI_Train');
-                app.canvas.ds.scale = 1;
-                app.canvas.ds.offset = [300 - node.pos[0], 120 - node.pos[1]];
-                app.canvas.setDirty(true, true);
-                return node.id;
-            }""")  # fmt: skip
+            number = page.evaluate("app.graph.nodes.find(node => node.comfyClass === 'TI_Train').id")
+            bring_into_view(page, number)
             page.locator(".ti-strip").get_by_text("result").wait_for(timeout=SECONDS * 1000)
             page.wait_for_timeout(2000)
             picture = Image.open(io.BytesIO(page.locator(f'[data-node-id="{number}"] .ti-train').screenshot()))
             picture.convert("RGB").quantize(128).save(ROOT / f"docs/panel_{name}.png", optimize=True)
-            browser.close()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import shutil
 from typing import Any
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, Playwright, sync_playwright
 
 from demo.workflow import for_demo_model
 
@@ -30,16 +30,32 @@ def main() -> None:
             if concept.is_dir():
                 shutil.copytree(concept / "train", server.base / "input" / concept.name)
         shutil.copytree(ROOT / "demo/embeddings", server.base / "models/embeddings", dirs_exist_ok=True)
-        server.http.post(f"{server.url}/settings", json=SETTINGS, timeout=60).raise_for_status()
-        browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1600, "height": 1600})
-        page.goto(server.url)
-        page.wait_for_function("window.app?.extensionManager && app.graph")
+        page = opened(server, playwright)
         for name, concept in WORKFLOWS.items():
             take(page, for_demo_model(ROOT / f"example_workflows/{name}.json", concept))
         page.evaluate("app.graph.clear()")
         page.evaluate("() => { app.graph.add(LiteGraph.createNode('TI_TrainingSettings')); }")
         take_nodes(page)
+
+
+def opened(server: ComfyServer, playwright: Playwright) -> Page:
+    """The front end in a browser, set up for pictures."""
+    server.http.post(f"{server.url}/settings", json=SETTINGS, timeout=60).raise_for_status()
+    browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
+    page = browser.new_page(viewport={"width": 1600, "height": 1600})
+    page.goto(server.url)
+    page.wait_for_function("window.app?.extensionManager && app.graph")
+    return page
+
+
+def bring_into_view(page: Page, number: int) -> None:
+    """A node, at its real size."""
+    page.evaluate("""number => {
+        const node = app.graph.getNodeById(number);
+        app.canvas.ds.scale = 1;
+        app.canvas.ds.offset = [300 - node.pos[0], 120 - node.pos[1]];
+        app.canvas.setDirty(true, true);
+    }""", number)  # fmt: skip
 
 
 def take(page: Page, workflow: dict[str, Any]) -> None:
@@ -67,12 +83,7 @@ def take_training(page: Page) -> None:
 def take_nodes(page: Page) -> None:
     nodes = page.evaluate("app.graph.nodes.filter(n => n.comfyClass?.startsWith('TI_')).map(n => [n.id, n.comfyClass])")
     for number, kind in nodes:
-        page.evaluate("""number => {
-            const node = app.graph.getNodeById(number);
-            app.canvas.ds.scale = 1;
-            app.canvas.ds.offset = [300 - node.pos[0], 120 - node.pos[1]];
-            app.canvas.setDirty(true, true);
-        }""", number)  # fmt: skip
+        bring_into_view(page, number)
         page.wait_for_timeout(1000)
         picture = Image.open(io.BytesIO(page.locator(f'[data-node-id="{number}"]').screenshot())).convert("RGB")
         picture = picture.resize((WIDTH, picture.height * WIDTH // picture.width), Image.Resampling.LANCZOS)

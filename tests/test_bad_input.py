@@ -292,26 +292,20 @@ def test_only_pictures_without_captions_get_tokens_of_their_own(changes, caption
 
 
 @pytest.mark.parametrize(
-    ("name", "used"),
+    ("rows", "columns", "inside", "outside", "used"),
     [
-        ("whole", True),
-        ("cut out", False),
-        ("cut out, soft", False),
-        ("down to the lower edge", False),
-        ("without a corner", True),
-        ("without the middle", True),
+        pytest.param((0, 64), (0, 48), 1, 0, True, id="whole"),
+        pytest.param((8, 56), (6, 42), 1, 0, False, id="cut out"),
+        pytest.param((8, 56), (6, 42), 1, 0.2, False, id="cut out, soft"),
+        pytest.param((8, 64), (6, 42), 1, 0, False, id="down to the lower edge"),
+        pytest.param((0, 16), (0, 16), 0, 1, True, id="without a corner"),
+        pytest.param((16, 48), (12, 36), 0, 1, True, id="without the middle"),
     ],
 )
-def test_a_picture_whose_background_is_masked_gets_no_token_for_it(name, used):
+def test_a_picture_whose_background_is_masked_gets_no_token_for_it(rows, columns, inside, outside, used):
     """Nothing but the thing itself would be left for it to explain. In a style it stands for the thing."""
-    mask = torch.ones(1, 64, 48)
-    if name.startswith("cut out") or name.startswith("down"):
-        mask.zero_()[:, 8 : 64 if name.startswith("down") else 56, 6:42] = 1
-        mask = mask.clamp(min=0.2) if name.endswith("soft") else mask
-    elif name == "without a corner":
-        mask[:, :16, :16] = 0
-    elif name == "without the middle":
-        mask[:, 16:48, 12:36] = 0
+    mask = torch.full((1, 64, 48), float(outside))
+    mask[:, slice(*rows), slice(*columns)] = inside
     for kind in ("object", "face", "style"):
         config = TrainConfig(kind=kind)
         picture = torch.rand(1, 64, 48, 3)
