@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def steps(args: argparse.Namespace) -> Found:
     for name, batches in (SMALL_CASES if args.small else STEP_CASES).items():
         size = SIZES[name]
         with told(model=name) as not_made:
-            graph = made(name, args.small)
+            graph = made(name, args)
             for rows in batches:
                 with told(model=name, batch=rows) as failed:
                     yield measured(name, graph, 64 if args.small else size.pixels, rows)
@@ -91,7 +92,7 @@ def memory(args: argparse.Namespace) -> Found:
     from textual_inversion.memory import step_bytes
 
     pixels = 64 if args.small else SIZES["SD1"].pixels
-    graph = made("SD1", args.small)
+    graph = made("SD1", args)
     plain = learned(graph, pixels)
     yield {"memory": "all", "checkpointing": plain["checkpointing"], "loss": plain["loss"]}
     if args.device == "cpu":
@@ -100,6 +101,7 @@ def memory(args: argparse.Namespace) -> Found:
     with ours.training() as model:
         allocated = torch.cuda.memory_allocated()
         needed = step_bytes(model, tokens.embeddings, [batch], 4)
+    torch.cuda.empty_cache()  # what PyTorch keeps from the steps before would be taken again unasked
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((allocated + 0.6 * needed) / total)
     short = learned(graph, pixels)
@@ -110,7 +112,7 @@ def memory(args: argparse.Namespace) -> Found:
 def server(args: argparse.Namespace) -> Found:
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         path = Path(folder) / "random.safetensors"
-        write_checkpoint(path, args.small)
+        write_checkpoint(path, args)
         options = {"on the CPU": ("--cpu",)} if args.device == "cpu" else SERVER_OPTIONS
         for name, flags in options.items():
             with told(server=name) as failed:
@@ -139,22 +141,23 @@ def told(**about: Any) -> Iterator[list[dict[str, Any]]]:
     try:
         yield failed
     except Exception as error:
-        failed.append({**about, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+        failed.append({**about, "failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
 
 
 # What they are made of ---------------------------------------------------------------------------
 
 
-def made(name: str, small: bool) -> tuple[Any, Any, Any]:
+def made(name: str, args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE with random weights, in the precision that the family comes in."""
     from families import NAMED, build
 
     size = SIZES[name]
     family = NAMED[size.family or name]
-    if small:
+    if args.small:
         return build(family)
     whole = replace(family, unet={**family.unet, **size.unet}, encoders={})
-    return build(whole, getattr(torch, size.weights), encoder_dtype=getattr(torch, size.encoder_weights))
+    kinds = getattr(torch, size.weights), None, getattr(torch, size.encoder_weights)
+    return build(whole, *kinds, draw_on=args.device)
 
 
 def example(graph, pixels: int, rows: int):
@@ -292,9 +295,9 @@ def learned(graph, pixels: int) -> dict[str, Any]:
     return {"checkpointing": ours._checkpointed > 0, "loss": losses[-1]}
 
 
-def write_checkpoint(path: Path, small: bool) -> None:
+def write_checkpoint(path: Path, args: argparse.Namespace) -> None:
     """An SD1.5 in fp16 with random weights, in the layout that everybody's checkpoints have."""
-    if small:
+    if args.small:
         from small_models import write_checkpoint
 
         write_checkpoint("SmallSD1", path)
@@ -307,7 +310,7 @@ def write_checkpoint(path: Path, small: bool) -> None:
     config |= {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": []}
     autoencoder = AutoencoderKL(ddconfig=config, embed_dim=4)
     randomise(autoencoder)
-    model, clip, _ = made("SD1", small)
+    model, clip, _ = made("SD1", args)
     vae = comfy.sd.VAE(sd={name: value.half() for name, value in autoencoder.state_dict().items()})
     comfy.sd.save_checkpoint(str(path), model, clip, vae)
 
@@ -322,9 +325,15 @@ def on_a_server(checkpoint: Path, flags: tuple[str, ...], small: bool) -> dict[s
         graph = workflow(checkpoint.name, side)
         for part in graph.values():
             part["inputs"] = defaults(comfyui, part["class_type"]) | part["inputs"]
-        began = time.perf_counter()
-        whole = comfyui.run(graph)
+        began, nodes = time.perf_counter(), []
+
+        def note(event: dict[str, Any]) -> None:
+            if event["type"] == "executing":
+                nodes.append((event["data"]["node"], time.perf_counter()))
+
+        whole = comfyui.run(graph, on_event=note)
         seconds = time.perf_counter() - began
+        training = next(end - start for (node, start), (_, end) in pairwise(nodes) if node == "train")
         report = whole.history["outputs"]["report"]["text"][0]
         graph["train"]["inputs"]["seed"] = 1
 
@@ -339,7 +348,13 @@ def on_a_server(checkpoint: Path, flags: tuple[str, ...], small: bool) -> dict[s
         resumed = "Resumed" in json.dumps(comfyui.training_runs())
         drew = bool(again.history["outputs"]["picture"]["images"])
     ended = next(line for line in report.splitlines() if " steps of " in line)
-    return {"seconds, all": seconds, "report": ended, "resumed": resumed, "drew with the graph's model": drew}
+    return {
+        "seconds, Train": training,
+        "seconds, all": seconds,
+        "report": ended,
+        "resumed": resumed,
+        "drew with the graph's model": drew,
+    }
 
 
 def defaults(comfyui: Any, node: str) -> dict[str, Any]:

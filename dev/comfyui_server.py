@@ -138,7 +138,8 @@ class ComfyServer:
         finally:
             connection.close()
         if check and run.error is not None:
-            raise ComfyError(json.dumps(run.error, indent=1))
+            told = run.error.get("exception_message", "interrupted")
+            raise ComfyError(f"{told}\n{json.dumps(run.error, indent=1)}")
         run.history = self._get(f"/history/{run.prompt_id}")[run.prompt_id]
         return run
 

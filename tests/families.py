@@ -341,21 +341,23 @@ def build(
     embeddings: str | None = None,
     encoder_dtype: torch.dtype | None = None,
     seed: int = 0,
+    draw_on: str = "cpu",
 ) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE of a family as loader nodes give them, made under inference mode.
 
-    ``embeddings`` is the folder that stock ComfyUI looks for ``embedding:NAME`` in.
+    ``embeddings`` is the folder that stock ComfyUI looks for ``embedding:NAME`` in; ``draw_on`` the device that
+    draws the random weights, since a CPU takes minutes for those of a large model.
     """
     with torch.inference_mode():
-        clip = _clip(family, encoder_dtype or dtype, embeddings)
-        return _model(family, dtype, seed), clip, comfy.sd.VAE(sd=family.vae())
+        clip = _clip(family, encoder_dtype or dtype, embeddings, draw_on)
+        return _model(family, dtype, seed, draw_on), clip, comfy.sd.VAE(sd=family.vae())
 
 
-def _model(family: Family, dtype: torch.dtype, seed: int):
+def _model(family: Family, dtype: torch.dtype, seed: int, draw_on: str):
     config = family.model({**family.unet, "dtype": dtype})
     config.set_inference_dtype(dtype, None)
     network = config.get_model(dict(family.marks), "")
-    randomise(network.diffusion_model, seed)
+    randomise(network.diffusion_model, seed, draw_on)
     if not family.loader:
         device, offload = comfy.model_management.get_torch_device(), torch.device("cpu")
         return comfy.model_patcher.CoreModelPatcher(network, load_device=device, offload_device=offload)
@@ -367,7 +369,7 @@ def _model(family: Family, dtype: torch.dtype, seed: int):
     return loaded
 
 
-def _clip(family: Family, dtype: torch.dtype, embeddings: str | None):
+def _clip(family: Family, dtype: torch.dtype, embeddings: str | None, draw_on: str):
     options = {f"{name}_model_config": config for name, config in family.encoders.items()}
     clip = comfy.sd.CLIP(
         ClipTarget(family.tokenizer, family.encoder),
@@ -375,7 +377,7 @@ def _clip(family: Family, dtype: torch.dtype, embeddings: str | None):
         tokenizer_data=family.tokenizer_data(),
         model_options={**options, "dtype": dtype},
     )
-    randomise(clip.cond_stage_model)
+    randomise(clip.cond_stage_model, device=draw_on)
     return clip
 
 

@@ -51,13 +51,13 @@ def write_checkpoint(name: str, path: Path) -> None:
     save_file({key: value.detach().contiguous() for key, value in state.items()}, path)
 
 
-def randomise(module: torch.nn.Module, seed: int = 0) -> None:
-    """Seeded weights of a size that keeps activations and gradients in a normal range."""
-    generator = torch.Generator().manual_seed(seed)
+def randomise(module: torch.nn.Module, seed: int = 0, device: str = "cpu") -> None:
+    """Seeded weights of a size that keeps activations and gradients in a normal range, drawn on ``device``."""
+    generator = torch.Generator(device).manual_seed(seed)
     for key, parameter in module.state_dict().items():
         if not parameter.is_floating_point() or parameter.ndim == 0:
             continue
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator, device=device)
         if parameter.ndim == 1:
             is_factor = key.endswith(("weight", "scale", "gamma", "running_var"))
             parameter.copy_(is_factor + 0.05 * noise)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import comfy.memory_management
 import comfy.model_management
 import comfy.sd
 import comfy_extras.nodes_freelunch
@@ -18,6 +19,8 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfyui_pack import weights_hash
 from families import NAMED, agrees, build, gradients
+from safetensors.torch import load_file
+from small_models import write_checkpoint
 from torch import nn
 
 from textual_inversion import UserError
@@ -261,14 +264,16 @@ def test_gradient_where_weights_are_moved_to_the_device(name):
     assert torch.isfinite(ComfyModel(*graph).generate("a photo of S*", word.snapshot(), shape, 0, 1, 2.0)).all()
 
 
-@pytest.mark.parametrize("kind", ["float32", "float8_e4m3fn", "Parameter", "buffer"])
-def test_weights_that_were_moved_can_be_saved_for_backward(kind):
-    """Made under inference mode and moved outside of it, they are no inference tensors and yet have no version."""
+@pytest.mark.parametrize(("made", "moved_in"), [(True, False), (False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("kind", ["float32", "float8_e4m3fn", "buffer"])
+def test_weights_that_were_moved_can_be_saved_for_backward(kind, made, moved_in):
+    """Made under inference mode and moved outside of it, they have no version; the other way round, they have one."""
     layer = nn.Linear(4, 4).requires_grad_(False)
-    with torch.inference_mode():
+    with torch.inference_mode(made):
         if kind == "buffer":
             layer.register_buffer("weight_2", torch.randn(4, 4))
         layer.weight = nn.Parameter(torch.randn(4, 4).to(getattr(torch, kind, torch.float32)), requires_grad=False)
+    with torch.inference_mode(moved_in):
         moved = torch.randn(4, 4).to(layer.weight.dtype)
     layer.weight.data = moved
     pointers = [tensor.data_ptr() for tensor in layer.state_dict().values()]
@@ -278,6 +283,29 @@ def test_weights_that_were_moved_can_be_saved_for_backward(kind):
         x = torch.randn(2, 4, requires_grad=True)
         (F.linear(x, layer.weight.float()) if kind.startswith("float8") else layer(x)).sum().backward()
         assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dynamic_vram_trains_on_the_precision_that_the_graph_computes_in(monkeypatch, tmp_path, dtype):
+    """While it is on, ComfyUI leaves linear layers in the precision of the file, here float32."""
+    write_checkpoint("SmallSD1", tmp_path / "small.safetensors")
+    state = load_file(tmp_path / "small.safetensors")
+
+    def loaded(disable_dynamic=False) -> Any:
+        options = {"model_options": {"dtype": dtype}, "disable_dynamic": disable_dynamic}
+        return comfy.sd.load_state_dict_guess_config(dict(state), **options)
+
+    with torch.inference_mode():
+        graph: Any = loaded()[:3]
+    expected, *_ = gradients(NAMED["SD1"], graph)
+    graph[0].cached_patcher_init = (loaded, (), 0)
+    graph[1].patcher.cached_patcher_init = (lambda disable_dynamic: loaded(disable_dynamic)[1].patcher, ())
+    originals = graph[0], graph[1].patcher
+    monkeypatch.setattr(type(graph[0]), "is_dynamic", lambda patcher: patcher in originals)
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    found, *_ = gradients(NAMED["SD1"], graph)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_attention_that_a_device_needs_stays(monkeypatch):

@@ -11,6 +11,7 @@ import comfy.ldm.modules.attention
 import comfy.model_base
 import comfy.model_management
 import comfy.patcher_extension
+import comfy.quant_ops
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
@@ -122,6 +123,8 @@ def _without_dynamic_vram(model: ModelPatcher, clip: CLIP) -> tuple[ModelPatcher
             "ComfyUI's own loader nodes, or start ComfyUI with --disable-dynamic-vram."
         ) from error
     if dynamic:
+        for patcher in (model, clip.patcher):
+            _cast_to_model_dtype(patcher)
         size = (model.model_size() + clip.patcher.model_size()) / 2**30
         logging.info(
             "Textual inversion: dynamic VRAM is on, so %s loaded a second time for training, %.1f GB with everything. "
@@ -131,6 +134,19 @@ def _without_dynamic_vram(model: ModelPatcher, clip: CLIP) -> tuple[ModelPatcher
         )
     clip.cond_stage_model = clip.patcher.model
     return model, clip
+
+
+def _cast_to_model_dtype(patcher: ModelPatcher) -> None:
+    """Gives weights the precision that the model computes in, as dynamic VRAM does whenever it needs one.
+
+    While it is on, ComfyUI leaves linear layers as the file has them, and what loads a model completely does not know.
+    """
+    for module in patcher.model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            dtype = getattr(module, f"{name}_comfy_model_dtype", None) or weight.dtype
+            if weight.dtype != dtype and not isinstance(weight, comfy.quant_ops.QuantizedTensor):
+                weight.data = weight.data.to(dtype)
+    patcher.size = 0  # to be counted again
 
 
 class ComfyModel:

@@ -24,7 +24,8 @@ def ordinary_weights(module: nn.Module) -> Iterator[None]:
     """Weights loaded under inference mode cannot be saved for backward; a view of the same memory can.
 
     ComfyUI runs every node under ``torch.inference_mode``. What was made there has no version counter, not even
-    after ``parameter.data = ...`` has moved it to another device. On leaving, the module has its own tensors back.
+    after ``parameter.data = ...`` has moved it to another device; and what was moved there is an inference tensor,
+    wherever it was made. On leaving, the module has its own tensors back.
     """
     # Object patches of ComfyUI's ModelPatcher do not do: they go in before the weights are loaded and patched.
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -32,7 +33,7 @@ def ordinary_weights(module: nn.Module) -> Iterator[None]:
         for part in module.modules():
             for store in (part._parameters, part._buffers):
                 for name, tensor in store.items():
-                    if tensor is not None and not _has_version(tensor):
+                    if tensor is not None and not _can_be_saved(tensor):
                         replaced.append((store, name, tensor))
                         store[name] = _ordinary(tensor)  # type: ignore[assignment]
         yield
@@ -41,12 +42,12 @@ def ordinary_weights(module: nn.Module) -> Iterator[None]:
             store[name] = tensor
 
 
-def _has_version(tensor: Tensor) -> bool:
-    """Whether autograd can tell if the tensor was changed since it was saved."""
+def _can_be_saved(tensor: Tensor) -> bool:
+    """Whether autograd takes the tensor for the backward pass, and can tell if it was changed since then."""
     if is_traceable_wrapper_subclass(tensor):
-        return all(_has_version(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return all(_can_be_saved(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     try:
-        return tensor._version >= 0
+        return not tensor.is_inference() and tensor._version >= 0
     except RuntimeError:  # "Inference tensors do not track version counter"
         return False
 
@@ -97,7 +98,7 @@ def _bypasses(forward: Any) -> Iterator[Any]:
 
 
 def _ordinary_if_tensor(value: Any) -> Any:
-    return _ordinary(value) if isinstance(value, Tensor) and not _has_version(value) else value
+    return _ordinary(value) if isinstance(value, Tensor) and not _can_be_saved(value) else value
 
 
 # Quantised layouts whose product knows no backward pass: ComfyUI's kernels take their weights one way round only.
