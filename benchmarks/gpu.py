@@ -1,6 +1,6 @@
 """What training takes on a card: every family's gradients, full-size models with random weights, a real server.
 
-    make gpu                                        every part, about ten minutes
+    make gpu                                        every part, 10 to 15 minutes
     python -m benchmarks.gpu --parts steps server   some
     python -m benchmarks.gpu --device cpu --small   a dry run: the same code on small models
 
@@ -13,12 +13,14 @@ memory     a step in too little memory is taken again with checkpointing, and le
 server     ComfyUI itself, with dynamic VRAM and without, on little memory and all on the card: the search for a word,
            100 steps and a preview of an SD1.5, an interrupt, resume, and a picture with the graph's own model after it
 script     diffusers' training script on the same sizes (benchmarks/speed.py)
+learn      a word from the demo's pictures with captions, in the precision that ComfyUI chooses there
 """
 
 import argparse
 import json
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,7 +43,7 @@ from .full_size import SIZES
 from .speed import milliseconds, spread
 
 OUT = ROOT / "benchmarks/results/gpu"
-PARTS = {"families": 170, "steps": 240, "memory": 60, "server": 240, "script": 120}  # seconds at most
+PARTS = {"steps": 240, "memory": 60, "server": 400, "script": 120, "learn": 60, "families": 240}  # seconds at most
 GIB = 2**30
 WARM_UP, REPEATS = 3, 10
 STEP_CASES = {"SD1": (1, 4, 8), "SDXL": (1, 4), "SD3.5 medium": (1,), "Flux.1 dev, fp8": (1,)}
@@ -132,6 +134,26 @@ def script(args: argparse.Namespace) -> Found:
         for case in json.loads(result.read_text())["cases"]:
             ratios = {name: spread(values, 2) for name, values in case["ratios"].items()}
             yield {"pixels": case["size"], "batch": case["batch"], **ratios}
+
+
+def learn(args: argparse.Namespace) -> Found:
+    """As a cell of benchmarks/concepts.py."""
+    from demo.measure import Bench, Concept
+
+    from .concepts import Cell
+    from .levels import Level
+    from .recipes import RECIPES
+
+    bench = Bench()
+    concept = Concept.read("heart")
+    result, *_ = Cell(bench, "ours", RECIPES["ours"], concept, seed=0, captions=True, level=Level()).run()
+    found = {name: result[name] for name in ("identity", "looks", "obeys", "stopped", "agreement")}
+    yield {
+        "concept": "heart",
+        "weights": str(bench.model.weights()[0].dtype),
+        **found,
+        "seconds": result["curve"][-1][1],
+    }
 
 
 @contextmanager
@@ -421,6 +443,7 @@ def shown(value: Any) -> str:
 
 def run_part(name: str, args: argparse.Namespace) -> None:
     """In this process; a line of JSON for each row."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a server ends with it
     sys.path.append(str(ROOT / "tests"))
     with tempfile.TemporaryDirectory(prefix="comfyui-") as base:
         import_pack()
@@ -457,7 +480,7 @@ def main() -> None:
             try:
                 lines, _ = process.communicate(timeout=PARTS[part])
             except subprocess.TimeoutExpired:
-                process.kill()
+                process.terminate()
                 lines, _ = process.communicate()
         rows = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
         if process.returncode:
