@@ -39,8 +39,9 @@ AVERAGED_SHARE = 1 / 3  # of the run, its end
 MEASURED_STEPS = 10
 MEASURED_SHARE = 1 / 20  # of all steps, where they are few
 
-# Before it may end by itself, the steps in which what the gradients agree on comes to several times their noise:
-# the mean of n gradients has n x agreement / (1 - agreement) times as much of it as of noise, in squares.
+# What gradients agree on comes to several times their noise in the mean of n of them, which has
+# n x agreement / (1 - agreement) times as much of it, in squares. The embedding joins the rehearsal then, at the latest
+# in its middle, and training may not end by itself before.
 SIGNAL_TO_NOISE = 20
 MOST_STEPS_WITHOUT_GAIN = 1000
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
@@ -301,14 +302,25 @@ def _measured_steps(config: TrainConfig) -> int:
     return int(min(MEASURED_STEPS, config.steps * MEASURED_SHARE)) if config.schedule == "automatic" else 0
 
 
+def _joins(progress: Progress, config: TrainConfig) -> int:
+    """The step of the rehearsal in which the embedding begins to learn beside the per-image tokens.
+
+    The noisier the gradients, the later: until the tokens know the backgrounds, it would take them in.
+    """
+    still = _measured_steps(config)
+    agreement = max(progress.agreement, LEAST_AGREEMENT)
+    clear = math.ceil(SIGNAL_TO_NOISE * (1 - agreement) / agreement)
+    return max(still, min(clear, progress.began // 2)) if still else 0
+
+
 def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> float:
     """Sets the learning rates of the next step and returns the embedding's."""
     agreement, highest = max(state.agreement.value, LEAST_AGREEMENT), learning_rate(config)
     done, rehearsal, still = state.progress.step, state.progress.began, _measured_steps(config)
-    began = max(state.progress.round_began, still)
+    began = _joins(state.progress, config) if done < rehearsal else max(rehearsal, still)
     head_start = rehearsal <= done < rehearsal * (1 + HEAD_START)
     concept, *per_image = optimizer.param_groups
-    concept["lr"] = highest * learning_rate_factor(done, began, agreement, config) if done >= still else 0.0
+    concept["lr"] = highest * learning_rate_factor(done, began, agreement, config) if done >= began else 0.0
     concept["agreement"] = agreement
     for group in per_image:
         moves = done >= still and not head_start
