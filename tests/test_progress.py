@@ -179,8 +179,13 @@ def test_vectors_that_are_surely_worse_than_the_initializer_are_not_kept():
     assert step.progress.flat > 0
 
 
-def test_embedding_is_learned_again_after_a_rehearsal(trainable):
-    """From the initializer, beside per-image tokens that know their pictures, and at first stand still."""
+@pytest.mark.parametrize(("agreement", "joins"), [(1.0, 3), (0.8, 5), (0.1, 7)])
+def test_embedding_is_learned_again_after_a_rehearsal(trainable, monkeypatch, agreement, joins):
+    """From the initializer, beside per-image tokens that know their pictures, and at first stand still.
+
+    The embedding joins the rehearsal when 20 (1 - a) / a gradients came, at the latest in its middle.
+    """
+    monkeypatch.setattr(Agreement, "value", agreement)
     _, start = trainable
     config = TrainConfig(steps=60, evaluate_every=5, batch_size=2, patience=0)
     _, embedding, steps = start(config)
@@ -194,8 +199,8 @@ def test_embedding_is_learned_again_after_a_rehearsal(trainable):
             rehearsed = step
             assert all(torch.equal(step.state.ema.concept.vectors[key], first[key]) for key in first)
     at_start = [all(torch.equal(vectors[key], first[key]) for key in first) for vectors in now]
-    # It also stands still for the first twentieth.
-    assert [number for number, is_first in enumerate(at_start) if is_first] == [0, 1, 2, 3, 15]
+    # Everything also stands still for the first twentieth.
+    assert [number for number, is_first in enumerate(at_start) if is_first] == [*range(joins + 1), 15]
     stood_still = [torch.equal(before, after) for before, after in itertools.pairwise(per_image)]
     assert [step for step, still in enumerate(stood_still, 1) if still] == [1, 2, 3, 16, 17, 18]
     assert (step.progress.began, rehearsed.best_step) == (15, 15)
