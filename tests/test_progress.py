@@ -179,11 +179,11 @@ def test_vectors_that_are_surely_worse_than_the_initializer_are_not_kept():
     assert step.progress.flat > 0
 
 
-@pytest.mark.parametrize(("agreement", "joins"), [(1.0, 3), (0.8, 5), (0.1, 7)])
+@pytest.mark.parametrize(("agreement", "joins"), [(1.0, 3), (0.8, 5), (0.1, 15)])
 def test_embedding_is_learned_again_after_a_rehearsal(trainable, monkeypatch, agreement, joins):
     """From the initializer, beside per-image tokens that know their pictures, and at first stand still.
 
-    The embedding joins the rehearsal when 20 (1 - a) / a gradients came, at the latest in its middle.
+    The embedding joins the rehearsal when 20 (1 - a) / a gradients came, or not at all.
     """
     monkeypatch.setattr(Agreement, "value", agreement)
     _, start = trainable
@@ -200,7 +200,7 @@ def test_embedding_is_learned_again_after_a_rehearsal(trainable, monkeypatch, ag
             assert all(torch.equal(step.state.ema.concept.vectors[key], first[key]) for key in first)
     at_start = [all(torch.equal(vectors[key], first[key]) for key in first) for vectors in now]
     # Everything also stands still for the first twentieth.
-    assert [number for number, is_first in enumerate(at_start) if is_first] == [*range(joins + 1), 15]
+    assert [number for number, is_first in enumerate(at_start) if is_first] == sorted({*range(joins + 1), 15})
     stood_still = [torch.equal(before, after) for before, after in itertools.pairwise(per_image)]
     assert [step for step, still in enumerate(stood_still, 1) if still] == [1, 2, 3, 16, 17, 18]
     assert (step.progress.began, rehearsed.best_step) == (15, 15)

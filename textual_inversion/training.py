@@ -40,8 +40,8 @@ MEASURED_STEPS = 10
 MEASURED_SHARE = 1 / 20  # of all steps, where they are few
 
 # What gradients agree on comes to several times their noise in the mean of n of them, which has
-# n x agreement / (1 - agreement) times as much of it, in squares. The embedding joins the rehearsal then, at the latest
-# in its middle, and training may not end by itself before.
+# n x agreement / (1 - agreement) times as much of it, in squares. The embedding joins the rehearsal then, and training
+# may not end by itself before.
 SIGNAL_TO_NOISE = 20
 MOST_STEPS_WITHOUT_GAIN = 1000
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
@@ -310,7 +310,7 @@ def _joins(progress: Progress, config: TrainConfig) -> int:
     still = _measured_steps(config)
     agreement = max(progress.agreement, LEAST_AGREEMENT)
     clear = math.ceil(SIGNAL_TO_NOISE * (1 - agreement) / agreement)
-    return max(still, min(clear, progress.began // 2)) if still else 0
+    return max(still, min(clear, progress.began)) if still else 0
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> float:
