@@ -179,7 +179,7 @@ def test_vectors_that_are_surely_worse_than_the_initializer_are_not_kept():
     assert step.progress.flat > 0
 
 
-@pytest.mark.parametrize(("agreement", "joins"), [(1.0, 3), (0.8, 5), (0.1, 15)])
+@pytest.mark.parametrize(("agreement", "joins"), [(0.8, 5), (0.1, 15)])
 def test_embedding_is_learned_again_after_a_rehearsal(trainable, monkeypatch, agreement, joins):
     """From the initializer, beside per-image tokens that know their pictures, and at first stand still.
 
