@@ -107,7 +107,7 @@ def memory(args: argparse.Namespace) -> Found:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((allocated + 0.6 * needed) / total)
     short = learned(graph, pixels)
-    same = abs(short["loss"] - plain["loss"]) < 1e-2 * plain["loss"]
+    same = abs(short["loss"] - plain["loss"]) < 1e-3 * plain["loss"]
     yield {"memory": "60% of a step", "checkpointing": short["checkpointing"], "loss": short["loss"], "same": same}
 
 
@@ -183,7 +183,7 @@ def made(name: str, args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def example(graph, pixels: int, rows: int):
-    """A model, a batch of noise as pictures, and a word to learn."""
+    """A model, a batch of noise as pictures, the same every time, and a word to learn."""
     from textual_inversion import TrainConfig, initial_embedding
     from textual_inversion.adapters.comfyui import ComfyModel
     from textual_inversion.dataset import make_dataset, training_batches
@@ -194,8 +194,11 @@ def example(graph, pixels: int, rows: int):
     side = pixels // latents.spacial_downscale_ratio
     shape = (latents.latent_channels, *[1] * (latents.latent_dimensions - 2), side, side)
     config = TrainConfig(batch_size=rows, per_image_tokens=0)
-    made_up = [torch.rand(1, 64, 64, 3) for _ in range(4)]
-    dataset = make_dataset(lambda images: [torch.randn(shape) for _ in images], made_up, [], [], config)
+    noise = torch.Generator().manual_seed(0)
+    made_up = [torch.rand(1, 64, 64, 3, generator=noise) for _ in range(4)]
+    dataset = make_dataset(
+        lambda images: [torch.randn(shape, generator=noise) for _ in images], made_up, [], [], config
+    )
     with ours.training() as model, torch.no_grad():
         word = initial_embedding(model.vocabularies(), config.trigger, "toy", 1)
     batch = next(training_batches(dataset, config, torch.Generator().manual_seed(0)))
