@@ -48,11 +48,13 @@ GIB = 2**30
 WARM_UP, REPEATS = 3, 10
 STEP_CASES = {"SD1": (1, 4, 8), "SDXL": (1, 4), "SD3.5 medium": (1,), "Flux.1 dev, fp8": (1,)}
 SMALL_CASES = {"SD1": (1, 2), "SDXL": (2,)}
-SERVER_OPTIONS = {
-    "as it starts": (),
-    "without dynamic VRAM": ("--disable-dynamic-vram",),
-    "little memory": ("--disable-dynamic-vram", "--lowvram"),
-    "all on the card": ("--gpu-only",),
+SERVERS = {  # a checkpoint, the precision of its weights, and ComfyUI's options
+    "as it starts": ("SD1", "float16", ()),
+    "as it starts, float32 checkpoint": ("SD1", "float32", ()),
+    "as it starts, SDXL": ("SDXL", "float16", ()),
+    "without dynamic VRAM": ("SD1", "float16", ("--disable-dynamic-vram",)),
+    "little memory": ("SD1", "float16", ("--disable-dynamic-vram", "--lowvram")),
+    "all on the card": ("SD1", "float16", ("--gpu-only",)),
 }
 PICTURES = ROOT / "demo/concepts/heart/train"
 
@@ -67,6 +69,8 @@ def families(args: argparse.Namespace) -> Found:
 
     torch.backends.cudnn.allow_tf32 = False
     for family in FAMILIES[:2] if args.small else FAMILIES:
+        if not chosen(family.name, args):
+            continue
         graph = build(family)
         on_card = gradients(family, graph)[0]
         for patcher in (graph[0], graph[1].patcher):
@@ -112,14 +116,15 @@ def memory(args: argparse.Namespace) -> Found:
 
 
 def server(args: argparse.Namespace) -> Found:
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-        path = Path(folder) / "random.safetensors"
-        write_checkpoint(path, args)
-        options = {"on the CPU": ("--cpu",)} if args.device == "cpu" else SERVER_OPTIONS
-        for name, flags in options.items():
-            with told(server=name) as failed:
-                yield {"server": name, **on_a_server(path, flags, args.small)}
-            yield from failed
+    servers = {"on the CPU": ("SD1", "float16", ("--cpu",))} if args.device == "cpu" else SERVERS
+    for name, (model, weights, flags) in servers.items():
+        if not chosen(name, args):
+            continue
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder, told(server=name) as failed:
+            path = Path(folder) / "random.safetensors"
+            write_checkpoint(path, model, weights, args)
+            yield {"server": name, **on_a_server(path, flags, 64 if args.small else SIZES[model].pixels)}
+        yield from failed
 
 
 def script(args: argparse.Namespace) -> Found:
@@ -156,6 +161,10 @@ def learn(args: argparse.Namespace) -> Found:
     }
 
 
+def chosen(name: str, args: argparse.Namespace) -> bool:
+    return not args.rows or any(part.lower() in name.lower() for part in args.rows)
+
+
 @contextmanager
 def told(**about: Any) -> Iterator[list[dict[str, Any]]]:
     """What fails inside is a line of the table, and the rest goes on."""
@@ -169,8 +178,8 @@ def told(**about: Any) -> Iterator[list[dict[str, Any]]]:
 # What they are made of ---------------------------------------------------------------------------
 
 
-def made(name: str, args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE with random weights, in the precision that the family comes in."""
+def made(name: str, args: argparse.Namespace, weights: str | None = None) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE with random weights, in the precision that the family comes in, or in that of `weights`."""
     from families import NAMED, build
 
     size = SIZES[name]
@@ -178,7 +187,7 @@ def made(name: str, args: argparse.Namespace) -> tuple[Any, Any, Any]:
     if args.small:
         return build(family)
     whole = replace(family, unet={**family.unet, **size.unet}, encoders={})
-    kinds = getattr(torch, size.weights), None, getattr(torch, size.encoder_weights)
+    kinds = getattr(torch, weights or size.weights), None, getattr(torch, weights or size.encoder_weights)
     return build(whole, *kinds, draw_on=args.device)
 
 
@@ -320,8 +329,8 @@ def learned(graph, pixels: int) -> dict[str, Any]:
     return {"checkpointing": ours._checkpointed > 0, "loss": losses[-1]}
 
 
-def write_checkpoint(path: Path, args: argparse.Namespace) -> None:
-    """An SD1.5 in fp16 with random weights, in the layout that everybody's checkpoints have."""
+def write_checkpoint(path: Path, name: str, weights: str, args: argparse.Namespace) -> None:
+    """Random weights in the layout that everybody's checkpoints have."""
     if args.small:
         from small_models import write_checkpoint
 
@@ -335,15 +344,15 @@ def write_checkpoint(path: Path, args: argparse.Namespace) -> None:
     config |= {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": []}
     autoencoder = AutoencoderKL(ddconfig=config, embed_dim=4)
     randomise(autoencoder)
-    model, clip, _ = made("SD1", args)
-    vae = comfy.sd.VAE(sd={name: value.half() for name, value in autoencoder.state_dict().items()})
+    model, clip, _ = made(name, args, weights)
+    vae = comfy.sd.VAE(sd=autoencoder.to(getattr(torch, weights)).state_dict())
     comfy.sd.save_checkpoint(str(path), model, clip, vae)
 
 
-def on_a_server(checkpoint: Path, flags: tuple[str, ...], small: bool) -> dict[str, Any]:
+def on_a_server(checkpoint: Path, flags: tuple[str, ...], side: int) -> dict[str, Any]:
     from dev.comfyui_server import ComfyServer  # its packages are missing on a machine without ComfyUI's
 
-    side, interrupted_at = (64 if small else 512), 20
+    interrupted_at = 20
     packs = {"ti_test_pack": ROOT / "tests/comfyui_pack"}
     with ComfyServer(packs=packs, checkpoints=[checkpoint], options=flags) as comfyui:
         shutil.copytree(PICTURES, comfyui.base / "input/heart")
@@ -463,6 +472,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="small models, to try the code")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--rows", nargs="+", metavar="TEXT", help="families and servers with it in their name")
     parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
@@ -476,6 +486,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         command = [sys.executable, "-m", "benchmarks.gpu", "--only", part, "--device", args.device]
+        command += ["--rows", *args.rows] if args.rows else []
         began = time.perf_counter()
         with subprocess.Popen(
             [*command, *["--small"][: args.small]], cwd=ROOT, stdout=subprocess.PIPE, text=True
