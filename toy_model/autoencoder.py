@@ -15,6 +15,7 @@ from diffusers import AutoencoderTiny
 from torch import nn
 
 SHARP_DECODER = (1, 1, 1, 3)  # blocks of the decoder once its last training adds one
+WILD = {"widths": (32, 64, 64, 64), "encoder_blocks": (0, 2, 3, 3), "decoder_blocks": (1, 2, 3, 3)}  # for wild.py
 
 
 def conv(inputs: int, outputs: int, **kwargs: Any) -> nn.Conv2d:

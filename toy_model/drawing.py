@@ -8,9 +8,14 @@ import numpy as np
 
 from .world import SCENES, SIZE, Character, Picture, Style, rgb
 
-_rows, _columns = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
-PAGE_X = (_columns + 0.5) / SIZE * 2 - 1  # both axes from -1 to 1, y downwards
-PAGE_Y = (_rows + 0.5) / SIZE * 2 - 1
+
+def page(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of every pixel, both from -1 to 1, y downwards."""
+    rows, columns = np.mgrid[0:size, 0:size].astype(np.float32)
+    return (columns + 0.5) / size * 2 - 1, (rows + 0.5) / size * 2 - 1
+
+
+PAGE = page(SIZE)
 GREY = np.array([0.3, 0.59, 0.11], np.float32)
 INK = (0.05, 0.05, 0.08)
 
@@ -110,7 +115,7 @@ class Brush:
 
     def __init__(self, image: np.ndarray, x: np.ndarray, y: np.ndarray, scale: float) -> None:
         self.image, self.x, self.y = image, x, y
-        self.sharpness = scale * SIZE / 2  # pixels a unit
+        self.sharpness = scale * len(x) / 2  # pixels a unit
 
     def coverage(self, distance: np.ndarray) -> np.ndarray:
         return np.clip(0.5 - distance * self.sharpness, 0, 1)[..., None]
@@ -186,9 +191,9 @@ def draw_character(brush: Brush, who: Character, hat: str) -> None:
     draw_hat(brush, hat, at.top)
 
 
-def draw_background(background: str, horizon: float) -> np.ndarray:
+def draw_background(background: str, horizon: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if background not in SCENES:
-        return np.broadcast_to(rgb(background), (SIZE, SIZE, 3))
+        return np.broadcast_to(rgb(background), (*x.shape, 3))
     sky, ground = {
         "grass": ((0.60, 0.82, 1.0), (0.30, 0.70, 0.22)),
         "beach": ((0.60, 0.82, 1.0), (0.96, 0.85, 0.55)),
@@ -197,20 +202,20 @@ def draw_background(background: str, horizon: float) -> np.ndarray:
         "sea": ((0.70, 0.90, 1.0), (0.08, 0.36, 0.72)),
         "desert": ((1.0, 0.66, 0.36), (0.80, 0.52, 0.24)),
     }[background]
-    page = Brush(np.broadcast_to(np.array(sky, np.float32), (SIZE, SIZE, 3)), PAGE_X, PAGE_Y, 1)
+    brush = Brush(np.broadcast_to(np.array(sky, np.float32), (*x.shape, 3)), x, y, 1)
     if background == "beach":
-        page.paint(horizon - 0.22 - PAGE_Y, (0.15, 0.50, 0.85))
-    page.paint(horizon - PAGE_Y, ground)
+        brush.paint(horizon - 0.22 - y, (0.15, 0.50, 0.85))
+    brush.paint(horizon - y, ground)
     if background == "night":
-        page.disc(0.72, -0.70, 0.17, (1.0, 0.96, 0.7))
-        for x, y in ((-0.8, -0.75), (-0.35, -0.88), (0.3, -0.85), (-0.85, -0.2), (0.85, -0.2)):
-            page.disc(x, y, 0.05, (1, 1, 0.85))
+        brush.disc(0.72, -0.70, 0.17, (1.0, 0.96, 0.7))
+        for left, top in ((-0.8, -0.75), (-0.35, -0.88), (0.3, -0.85), (-0.85, -0.2), (0.85, -0.2)):
+            brush.disc(left, top, 0.05, (1, 1, 0.85))
     elif background == "desert":
-        page.disc(-0.72, -0.70, 0.18, (1.0, 0.92, 0.35))
+        brush.disc(-0.72, -0.70, 0.18, (1.0, 0.92, 0.35))
     elif background == "snow":
-        for x, y in ((-0.8, -0.7), (0.8, -0.8), (-0.85, -0.1), (0.85, -0.15), (0.0, -0.93)):
-            page.disc(x, y, 0.07, (1, 1, 1))
-    return page.image
+        for left, top in ((-0.8, -0.7), (0.8, -0.8), (-0.85, -0.1), (0.85, -0.15), (0.0, -0.93)):
+            brush.disc(left, top, 0.07, (1, 1, 1))
+    return brush.image
 
 
 def apply_style(image: np.ndarray, style: Style) -> np.ndarray:
@@ -227,9 +232,9 @@ def render(picture: Picture, rng: np.random.Generator) -> np.ndarray:
     """The picture as uint8 (64, 64, 3); `rng` moves things about a little."""
     dx, dy, turn, tint = rng.uniform(-1, 1, 4)
     angle, scale = turn * 0.07, rng.uniform(0.78, 0.83)
-    x, y = (PAGE_X - dx * 0.08) / scale, (PAGE_Y - 0.2 - dy * 0.03) / scale
+    x, y = (PAGE[0] - dx * 0.08) / scale, (PAGE[1] - 0.2 - dy * 0.03) / scale
     cos, sin = np.cos(angle), np.sin(angle)
-    image = draw_background(picture.background, 0.25 + tint * 0.08)
+    image = draw_background(picture.background, 0.25 + tint * 0.08, *PAGE)
     brush = Brush(image, cos * x + sin * y, cos * y - sin * x, scale)
     draw_character(brush, picture.character, picture.hat)
     image = brush.image if picture.style is None else apply_style(brush.image, picture.style)

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 
 from dev.in_process import comfyui_on_path
 
-from .autoencoder import SHARP_DECODER, NarrowTAESD, to_diffusers
+from .autoencoder import SHARP_DECODER, WILD, NarrowTAESD, to_diffusers
 
 LATENT_SCALE = 0.18215  # TAESD's latents are unscaled; ComfyUI's SD15 format scales by this
 
@@ -73,9 +73,9 @@ def export(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, vae: Autoenc
 
 
 def load_vae(path: Path) -> AutoencoderTiny:
-    weights = torch.load(path)
-    sharp = NarrowTAESD(decoder_blocks=SHARP_DECODER)
-    narrow = sharp if weights.keys() == sharp.state_dict().keys() else NarrowTAESD()
+    weights = torch.load(path, map_location="cpu")
+    known = NarrowTAESD(), NarrowTAESD(decoder_blocks=SHARP_DECODER), NarrowTAESD(**WILD)
+    narrow = next(vae for vae in known if vae.state_dict().keys() == weights.keys())
     narrow.load_state_dict(weights)
     return to_diffusers(narrow)
 

@@ -1,13 +1,17 @@
 """Draw what the model has never seen: `python -m toy_model.make_concepts` fills demo/concepts.
 
+    python -m toy_model.make_concepts --wild FOLDER     the same concepts as wild.py draws them
+
 Every concept gets four pictures to learn from and eight to check with, each with a caption beside
 it in which `{}` stands for the new word, and a concept.json that says what it really is.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from PIL import Image
 
 from dev.get_comfyui import ROOT
 
-from .drawing import render
+from . import drawing, wild
 from .world import Character, Picture, Style, caption, describe, named_characters, named_styles
 
 CONCEPTS = ROOT / "demo/concepts"
@@ -64,7 +68,7 @@ def style_pictures(style: Style, rng: random.Random, places: tuple[str, ...]) ->
     return result
 
 
-def write(folder: Path, pictures: list[tuple[Picture, str]], seed: int) -> None:
+def write(folder: Path, pictures: list[tuple[Picture, str]], seed: int, render: Callable = drawing.render) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     jitter = np.random.default_rng(seed)
     for i, (picture, text) in enumerate(pictures):
@@ -72,10 +76,9 @@ def write(folder: Path, pictures: list[tuple[Picture, str]], seed: int) -> None:
         (folder / f"{i}.txt").write_text(text + "\n")
 
 
-def write_concept(name: str, about: dict, training: list, held_out: list, seed: int) -> None:
-    folder = CONCEPTS / name
-    write(folder / "train", training, seed)
-    write(folder / "heldout", held_out, seed + 1)
+def write_concept(folder: Path, about: dict, training: list, held_out: list, seed: int, render: Callable) -> None:
+    write(folder / "train", training, seed, render)
+    write(folder / "heldout", held_out, seed + 1, render)
     (folder / "concept.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
@@ -86,6 +89,10 @@ def nearest_style(style: Style) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wild", type=Path, metavar="FOLDER")
+    args = parser.parse_args()
+    into, render = (args.wild, wild.render) if args.wild else (CONCEPTS, drawing.render)
     for number, (name, who) in enumerate(CHARACTERS.items()):
         if who in named_characters().values():
             raise ValueError(f"{name} has a name already")
@@ -95,8 +102,8 @@ def main() -> None:
             "description": describe(who),
             "identity": asdict(who),
         }
-        parts = (character_pictures(who, places) for places in (TRAINING, HELD_OUT))
-        write_concept(name, about, *parts, seed=100 + 2 * number)
+        training, held_out = (character_pictures(who, places) for places in (TRAINING, HELD_OUT))
+        write_concept(into / name, about, training, held_out, 100 + 2 * number, render)
     for number, (name, palette) in enumerate(STYLES.items()):
         style, rng = Style("palette", "{}", palette=palette), random.Random(number)
         near = nearest_style(style)
@@ -106,8 +113,8 @@ def main() -> None:
             "description": near,
             "identity": {"dark": palette[0], "light": palette[1]},
         }
-        parts = (style_pictures(style, rng, places) for places in (TRAINING, HELD_OUT))
-        write_concept(name, about, *parts, seed=200 + 2 * number)
+        training, held_out = (style_pictures(style, rng, places) for places in (TRAINING, HELD_OUT))
+        write_concept(into / name, about, training, held_out, 200 + 2 * number, render)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from .text import CONTEXT, END, VOCABULARY, tokenizer
 
 LATENT_SIDE = 8
 TEXT_WIDTH = 96
-UNET_WIDTHS = (64, 128)
+UNET_WIDTHS = {8: (64, 128), 16: (64, 128, 160)}  # by the side of the latents
 HEADS = 4
 
 
@@ -44,11 +44,14 @@ def new_text_encoder(words: int) -> CLIPTextModel:
 
 
 def new_unet(size: int = LATENT_SIDE) -> UNet2DConditionModel:
+    """Looks at the text at every resolution but the lowest."""
+    widths = UNET_WIDTHS[size]
+    attending = len(widths) - 1
     unet = UNet2DConditionModel(
         sample_size=size,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=UNET_WIDTHS,
+        down_block_types=(*["CrossAttnDownBlock2D"] * attending, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * attending),
+        block_out_channels=widths,
         layers_per_block=1,
         attention_head_dim=HEADS,  # the number of heads, in this class's naming
         cross_attention_dim=TEXT_WIDTH,
@@ -70,7 +73,8 @@ def noise_schedule() -> DDPMScheduler:
 def read_checkpoint(path: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, AutoencoderTiny]:
     """What ``export`` wrote, as frozen float32 networks."""
     weights = load_file(path)
-    unet, text_encoder, vae = new_unet(), new_text_encoder(VOCABULARY), AutoencoderTiny()
+    size = 16 if "model.diffusion_model.input_blocks.5.0.in_layers.0.weight" in weights else LATENT_SIDE
+    unet, text_encoder, vae = new_unet(size), new_text_encoder(VOCABULARY), AutoencoderTiny()
     for network, named in (
         (unet, unet_tensors(unet)),
         (text_encoder, text_tensors(text_encoder)),

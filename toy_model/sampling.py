@@ -32,10 +32,11 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, prompts: list[str], guidance: float = 4.0, steps: int = 25, seed: int = 0) -> Tensor:
-        """Pictures (prompts, 3, 64, 64) from 0 to 1; prompt number i starts at seed + i."""
+        """Pictures (prompts, 3, side, side) from 0 to 1; prompt number i starts at seed + i."""
         context = torch.cat([self.text([""]).repeat(len(prompts), 1, 1), self.text(prompts)])
         seeds = (torch.Generator().manual_seed(seed + i) for i in range(len(prompts)))
-        latents = torch.stack([torch.randn(4, 8, 8, generator=g) for g in seeds])
+        side = self.unet.config["sample_size"]
+        latents = torch.stack([torch.randn(4, side, side, generator=g) for g in seeds])
         self.schedule.set_timesteps(steps)
         for t in self.schedule.timesteps:
             without, given = self.unet(latents.repeat(2, 1, 1, 1), t, context).sample.chunk(2)

@@ -2,11 +2,13 @@
 
 python -m toy_model.train_model WORK --minutes 110  reads WORK/d*.npy, WORK/vae.pt, writes WORK/latest.safetensors
 python -m toy_model.train_model WORK --go-on FILE   trains FILE further on WORK/d*.npy
+python -m toy_model.train_model WORK --minutes 6 --device cuda --processes 1 --batch 256
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 from pathlib import Path
 
@@ -14,7 +16,6 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import CLIPTextModel
 
@@ -23,7 +24,7 @@ from .export import export, load_vae
 from .networks import new_text_encoder, new_unet, noise_schedule, read_checkpoint, use_channels_last
 from .text import CONTEXT, END, VOCABULARY, tokenize
 from .train_vae import as_batch
-from .training import Clock, Muon, moving_average, run
+from .training import Clock, Muon, Replay, moving_average, run, shared
 
 NULL_CAPTIONS = 0.1
 FULL_CONTEXT_EVERY = 5  # other steps leave out padding: the text encoder is causal
@@ -31,9 +32,12 @@ MIN_SNR = 5.0
 
 
 @torch.no_grad()
-def encode(images: Tensor, vae: AutoencoderTiny) -> Tensor:
+def encode(images: Tensor, vae: AutoencoderTiny, device: str) -> Tensor:
     use_channels_last(vae)
-    return torch.cat([vae.encode(as_batch(part) * 2 - 1)[0] for part in images.split(128)])
+    encoder = vae.encoder.to(device)
+    latents = torch.cat([encoder(as_batch(part.to(device)) * 2 - 1) for part in images.split(128)])
+    encoder.cpu()
+    return latents
 
 
 class Words:
@@ -68,9 +72,12 @@ class Denoiser(nn.Module):
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
+        self.mask: Tensor
+        self.register_buffer("mask", torch.full((1, 1, CONTEXT, CONTEXT), -1e4).triu(1), persistent=False)
 
     def forward(self, noisy: Tensor, t: Tensor, words: Tensor) -> Tensor:
-        return self.unet(noisy, t, self.text_encoder(words).last_hidden_state).sample
+        mask = self.mask[..., : words.shape[1], : words.shape[1]]  # given, since a GPU cannot record its making
+        return self.unet(noisy, t, self.text_encoder(words, attention_mask=mask).last_hidden_state).sample
 
 
 def new_optimizers(model: Denoiser, peak: float) -> list[torch.optim.Optimizer]:
@@ -93,51 +100,61 @@ def rate(step: int, progress: float) -> float:
 
 
 def train(args: argparse.Namespace, model: Denoiser, latents: Tensor, words: Words, vae: AutoencoderTiny) -> None:
-    clock = Clock(args.minutes)
+    clock, device = Clock(args.minutes), latents.device
     optimizers = new_optimizers(model, args.learning_rate)
     schedules = [LambdaLR(optimizer, lambda step: rate(step, clock.progress)) for optimizer in optimizers]
-    shared, average = DistributedDataParallel(model), moving_average(model, 0.999)
-    kept = noise_schedule().alphas_cumprod
+    both, average = shared(model), moving_average(model, 0.999)
+    kept = noise_schedule().alphas_cumprod.to(device)
     snr = kept / (1 - kept)
     weight = snr.clamp(max=MIN_SNR) / snr
-    saved, step, mean = 0.0, 0, None
-    order = torch.empty(0, dtype=torch.long)
-    while clock.progress < 1:
-        if len(order) < args.batch:
-            order = torch.randperm(len(latents))
-        chosen, order = order[: args.batch], order[args.batch :]
-        ids = words.captions[chosen]
-        ids = torch.where(torch.rand(args.batch, 1) < NULL_CAPTIONS, words.null, ids)
-        if step % FULL_CONTEXT_EVERY:
-            ids = ids[:, : words.longest]
-        spread = (torch.rand(args.batch) + torch.randperm(args.batch)) / args.batch
-        t = (spread * len(kept)).long().clamp(max=len(kept) - 1)
-        noise = torch.randn_like(latents[chosen])
-        share = kept[t].view(-1, 1, 1, 1)
-        noisy = share.sqrt() * latents[chosen] + (1 - share).sqrt() * noise
-        noisy = noisy.contiguous(memory_format=torch.channels_last)
-        predicted = shared(noisy, t, ids)
+    captions, null = words.captions.to(device), words.null.to(device)
+    noisy, noise = (torch.empty_like(latents[: args.batch]) for _ in range(2))
+    t, error = torch.zeros(args.batch, dtype=torch.long, device=device), torch.zeros((), device=device)
+    ids = captions[: args.batch].clone()
+
+    def step(given: Tensor = ids) -> None:
+        model.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            predicted = both(noisy, t, given)
         errors = (predicted - noise).square().mean((1, 2, 3))
         (errors * weight[t]).mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        for optimizer in optimizers:
             optimizer.step()
+        error.lerp_(errors.detach().mean(), 0.005)
+
+    saved, taken, take = 0.0, 0, Replay(step, optimizers, device)
+    order = torch.empty(0, dtype=torch.long, device=device)
+    while clock.progress < 1:
+        if len(order) < args.batch:
+            order = torch.randperm(len(latents), device=device)
+        chosen, order = order[: args.batch], order[args.batch :]
+        ids.copy_(torch.where(torch.rand(args.batch, 1, device=device) < NULL_CAPTIONS, null, captions[chosen]))
+        spread = (torch.rand(args.batch, device=device) + torch.randperm(args.batch, device=device)) / args.batch
+        t.copy_((spread * len(kept)).long().clamp(max=len(kept) - 1))
+        noise.normal_()
+        share = kept[t].view(-1, 1, 1, 1)
+        noisy.copy_(share.sqrt() * latents[chosen] + (1 - share).sqrt() * noise)
+        if device.type == "cpu" and taken % FULL_CONTEXT_EVERY:
+            step(ids[:, : words.longest])
+        else:
+            take()
+        for schedule in schedules:
             schedule.step()
-        model.zero_grad()
         average.update_parameters(model)
         clock.tick()
-        step += 1
-        error = errors.mean().item()
-        mean = error if mean is None else 0.995 * mean + 0.005 * error
+        taken += 1
         if dist.get_rank() > 0:
             continue
-        if step % 100 == 0:
-            speed = step * args.batch * dist.get_world_size() / clock.seconds
-            print(f"{step} {clock.seconds:.0f}s loss {mean:.4f} {speed:.0f}/s", flush=True)
+        if taken % 100 == 0:
+            speed = taken * args.batch * dist.get_world_size() / clock.seconds
+            mean = error.item() / (1 - 0.995**taken)  # it starts from zero
+            print(f"{taken} {clock.seconds:.0f}s loss {mean:.4f} {speed:.0f}/s", flush=True)
         if clock.seconds - saved > 60 * args.save_every or clock.progress >= 1:
-            assert isinstance(average.module, Denoiser)
-            text_encoder = words.whole(average.module.text_encoder)
-            export(average.module.unet, text_encoder, vae, args.work / "latest.safetensors")
+            learned = copy.deepcopy(average.module).cpu()
+            assert isinstance(learned, Denoiser)
+            text_encoder = words.whole(learned.text_encoder)
+            export(learned.unet, text_encoder, vae, args.work / "latest.safetensors")
             saved = clock.seconds
 
 
@@ -148,13 +165,14 @@ def worker(args: argparse.Namespace) -> None:
     part = slice(dist.get_rank(), None, dist.get_world_size())
     words.captions = words.captions[part]
     vae = read_checkpoint(args.go_on)[2] if args.go_on else load_vae(args.work / "vae.pt")
-    latents = encode(torch.from_numpy(images[part]), vae)
+    latents = encode(torch.from_numpy(images[part]), vae, args.device)
     torch.manual_seed(2)  # the same start in every process
     model = Denoiser(new_unet(latents.shape[-1]), new_text_encoder(len(words.used)))
     if args.go_on:
         unet, text_encoder, _ = read_checkpoint(args.go_on)
         model.unet.load_state_dict(unet.state_dict())
         model.text_encoder.load_state_dict(words.part(text_encoder.state_dict()))
+    model.to(args.device)
     use_channels_last(model.unet)
     torch.manual_seed(args.seed + dist.get_rank())
     print(f"{len(latents)} latents, {len(words.used)} words, context {words.longest}", flush=True)
@@ -168,6 +186,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=float, default=15, help="minutes")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--batch", type=int, default=32, help="of each process")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--go-on", type=Path, metavar="CHECKPOINT", help="train this one further")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)

@@ -2,6 +2,7 @@
 
 python -m toy_model.train_vae WORK --minutes 18          reads WORK/d*.npy, writes WORK/vae.pt
 python -m toy_model.train_vae WORK --minutes 8 --decoder-only
+python -m toy_model.train_vae WORK --minutes 2 --wild --device cuda --processes 1 --batch 64      for wild.py's pictures
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from .autoencoder import SHARP_DECODER, NarrowTAESD, to_diffusers
+from .autoencoder import SHARP_DECODER, WILD, NarrowTAESD, to_diffusers
 from .dataset import load_set
-from .training import Clock, Muon, moving_average, run
+from .training import Clock, Muon, Replay, moving_average, run, shared
 
 HELD_BACK = 128  # pictures at the front of the data that training never sees
 
@@ -72,28 +72,35 @@ def train(vae: NarrowTAESD, images: Tensor, minutes: float, peak: float, batch: 
     kernels = [p for p in parameters if p.ndim == 4 and min(p.shape[:2]) > 4]
     others = [p for p in parameters if p.ndim < 4 or min(p.shape[:2]) <= 4]
     optimizers = [Muon(kernels, peak), torch.optim.AdamW(others, peak, betas=(0.9, 0.97))]
-    shared, average = DistributedDataParallel(vae), moving_average(vae, 0.998)
+    both, average, device = shared(vae), moving_average(vae, 0.998), images.device
     noise = 0.03 if decoder_only else 0.05
-    clock, step = Clock(minutes), 0
-    while clock.progress < 1:
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(peak, step, clock.progress)
-        target = as_batch(images[torch.randint(HELD_BACK, len(images), (batch,))])
-        output, latents = shared(target, noise)
-        loss = reconstruction_loss(output, target) + latent_penalty(latents)
-        loss.backward()
+    target, error = as_batch(images[:batch]), torch.zeros((), device=device)
+
+    def step() -> None:
+        vae.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            output, latents = both(target, noise)
+        output, latents = output.float(), latents.float()
+        (reconstruction_loss(output, target) + latent_penalty(latents)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        vae.zero_grad()
+        error.copy_(F.mse_loss(output.detach(), target))
+
+    clock, taken, take = Clock(minutes), 0, Replay(step, optimizers, device)
+    while clock.progress < 1:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(peak, taken, clock.progress)
+        target.copy_(as_batch(images[torch.randint(HELD_BACK, len(images), (batch,), device=device)]))
+        take()
         average.update_parameters(vae)
         clock.tick()
-        step += 1
-        if step % 100 == 0 and dist.get_rank() == 0:
-            psnr = -10 * torch.log10(F.mse_loss(output, target)).item()
-            speed = step * batch * dist.get_world_size() / clock.seconds
-            print(f"{step} {clock.seconds:.0f}s psnr {psnr:.2f} {speed:.0f}/s", flush=True)
+        taken += 1
+        if taken % 100 == 0 and dist.get_rank() == 0:
+            psnr = -10 * math.log10(error.item())
+            speed = taken * batch * dist.get_world_size() / clock.seconds
+            print(f"{taken} {clock.seconds:.0f}s psnr {psnr:.2f} {speed:.0f}/s", flush=True)
     assert isinstance(average.module, NarrowTAESD)
     return average.module
 
@@ -101,17 +108,18 @@ def train(vae: NarrowTAESD, images: Tensor, minutes: float, peak: float, batch: 
 def worker(args: argparse.Namespace) -> None:
     images = torch.from_numpy(load_set(sorted(args.work.glob("d*.npy")))[0])
     torch.manual_seed(0)  # the same start in every process
-    vae, target = NarrowTAESD(), args.work / "vae.pt"
+    vae, target = NarrowTAESD(**(WILD if args.wild else {})), args.work / "vae.pt"
     if args.decoder_only:  # a new block starts as the ReLU whose place it takes
         vae = NarrowTAESD(decoder_blocks=SHARP_DECODER)
         vae.load_state_dict(torch.load(target), strict=False)
         target = args.work / "vae_sharp.pt"
     elif args.go_on:
         vae.load_state_dict(torch.load(target))
-    vae = vae.to(memory_format=torch.channels_last)
+    vae = vae.to(memory_format=torch.channels_last).to(args.device)
     torch.manual_seed(1 + dist.get_rank())  # but pictures and noise of its own
-    vae = train(vae, images, args.minutes, args.learning_rate, args.batch, args.decoder_only)
+    vae = train(vae, images.to(args.device), args.minutes, args.learning_rate, args.batch, args.decoder_only)
     if dist.get_rank() == 0:
+        vae = vae.cpu()
         torch.save(vae.state_dict(), target)
         report(vae.eval(), images[:HELD_BACK], target)
 
@@ -132,6 +140,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--decoder-only", action="store_true")
     parser.add_argument("--go-on", action="store_true", help="start from WORK/vae.pt")
+    parser.add_argument("--wild", action="store_true", help="a wider one, for pictures of 128 pixels")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--learning-rate", type=float, default=2.5e-3)
     parser.add_argument("--batch", type=int, default=4, help="of each process")
     parser.add_argument("--processes", type=int, default=2)
