@@ -346,7 +346,8 @@ def write_checkpoint(path: Path, name: str, weights: str, args: argparse.Namespa
     randomise(autoencoder)
     model, clip, _ = made(name, args, weights)
     vae = comfy.sd.VAE(sd=autoencoder.to(getattr(torch, weights)).state_dict())
-    comfy.sd.save_checkpoint(str(path), model, clip, vae)
+    with torch.inference_mode():  # as ComfyUI's nodes are run: the weights were made so
+        comfy.sd.save_checkpoint(str(path), model, clip, vae)
 
 
 def on_a_server(checkpoint: Path, flags: tuple[str, ...], side: int) -> dict[str, Any]:

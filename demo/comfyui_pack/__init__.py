@@ -1,6 +1,6 @@
-"""Lets ComfyUI's own Load Checkpoint recognise the toy model.
+"""Lets ComfyUI's own Load Checkpoint recognise the toy models, of 64 and of 128 pixels.
 
-The checkpoint is an ordinary Stable Diffusion 1 one but for its widths, so all that is needed is
+The checkpoints are ordinary Stable Diffusion 1 ones but for their widths, so all that is needed is
 an entry of these widths in ComfyUI's list of models, with a text encoder to match.  This pack has
 no nodes.  Outside the server, importing it once ComfyUI is on the path does the same.
 """
@@ -64,6 +64,7 @@ class ToySD(comfy.supported_models.SD15):
     unet_config = comfy.supported_models.SD15.unet_config | {
         "context_dim": WIDTH,
         "model_channels": CHANNELS,
+        "channel_mult": [1, 2],
     }
     unet_extra_config = {"num_heads": HEADS, "num_head_channels": -1}
 
@@ -71,11 +72,28 @@ class ToySD(comfy.supported_models.SD15):
         return ClipTarget(ToyTokenizer, ToyClip)
 
 
+class Times(float):
+    """Times so many channels, which is a whole number."""
+
+    def __mul__(self, channels: float) -> int:
+        return round(float(self) * channels)
+
+    __rmul__ = __mul__
+
+
+class WildSD(ToySD):
+    """The one of 128 pixels. Its last level has 160 channels, which ComfyUI takes for twice 64."""
+
+    unet_config = ToySD.unet_config | {"channel_mult": [1, 2, 2]}
+    unet_extra_config = ToySD.unet_extra_config | {"channel_mult": [1, 2, Times(2.5)]}
+
+
 def register() -> None:
-    """Add the toy model to ComfyUI's list, unless it is there already."""
+    """Add the toy models to ComfyUI's list, unless they are there already."""
     models = comfy.supported_models.models
-    if not any(known.unet_config == ToySD.unet_config for known in models):
-        models.append(ToySD)
+    for ours in (ToySD, WildSD):
+        if not any(known.unet_config == ours.unet_config for known in models):
+            models.append(ours)
 
 
 register()
