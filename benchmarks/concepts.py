@@ -4,6 +4,7 @@
     python -m benchmarks.concepts --recipes ours diffusers --seeds 0 --concepts heart ember
     python -m benchmarks.concepts --cosine 0.05                    gradients of batches agree that little at the start
     python -m benchmarks.concepts --noise 30                       30 x the residual is not to be known (levels.py)
+    python -m benchmarks.concepts --wild                           on the model of 128 pixels (toy_model/wild.py)
     python -m benchmarks.concepts --report                         only the tables, plot and sheets
     python -m benchmarks.concepts --model my.safetensors --concepts my/cat my/dog
 
@@ -22,6 +23,7 @@ leak       L(word) of held-out minus of training pictures
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -34,14 +36,17 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from demo.measure import CONCEPTS, Bench, Concept
+from demo.measure import CHECKPOINT, CONCEPTS, Bench, Concept
 from dev.get_comfyui import ROOT
+from toy_model import wild
+from toy_model.make_concepts import draw_concepts
 
 from .cells import add_cell, file_name, read_cells
 from .levels import Level, harder
 from .recipes import ABLATIONS, RECIPES, Recipe
 
 OUT = ROOT / "benchmarks/results/concepts"
+WILD = ROOT / "demo/models/wild.safetensors"
 DEFAULT_CONCEPTS = ("circle", "diamond", "flower", "heart", "moon", "star", "ember", "lagoon")
 BANDS = 3  # thirds of the noise schedule, from low to high noise
 DRAWS, CURVE_DRAWS = 12, 3  # noise levels per held-out picture, at the end and along the curve
@@ -211,16 +216,24 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint instead of the demo model")
     parser.add_argument("--cosine", type=float, default=0.0, help="agreement of gradients at the start (levels.py)")
     parser.add_argument("--noise", type=float, default=0.0, help="irreducible noise, times the residual (levels.py)")
+    parser.add_argument(
+        "--wild", action="store_true", help="the model of 128 pixels and the concepts in its world"
+    )
     parser.add_argument("--out", type=Path, help=f"default: {OUT.relative_to(ROOT)}, and a folder in it for each level")
     parser.add_argument("--report", action="store_true", help="learn nothing: only write tables, plot and sheets")
     args = parser.parse_args()
     level = Level(args.cosine, args.noise)
-    args.out = args.out or (OUT / level.name.replace(" ", "-") if args.cosine or args.noise else OUT)
+    name = "wild" if args.wild else level.name.replace(" ", "-")
+    args.out = args.out or (OUT / name if args.wild or args.cosine or args.noise else OUT)
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
     if not args.report:
-        bench = Bench(args.model) if args.model else Bench()
-        for name, concept, seed in cells(args, recipes):
-            learn(bench, args, name, recipes[name], Concept.read(concept), seed, level)
+        with tempfile.TemporaryDirectory() as folder:
+            if args.wild:
+                draw_concepts(Path(folder), wild.render)
+                args.concepts = [str(Path(folder, concept)) for concept in args.concepts]
+            bench = Bench(args.model or (WILD if args.wild else CHECKPOINT))
+            for name, concept, seed in cells(args, recipes):
+                learn(bench, args, name, recipes[name], Concept.read(concept), seed, level)
     from .concepts_report import write_levels, write_report
 
     write_report(args.out)

@@ -72,7 +72,8 @@ def write_levels(out: Path) -> None:
             if folder != out or cell["recipe"].startswith((OURS, BEFORE)):
                 recipes.setdefault(cell["recipe"], []).append(cell)
         level = "as is" if folder == out else folder.name
-        lines += [level_row(level, name, rows, plain) for name, rows in recipes.items()]
+        same = {} if level == "wild" else plain  # it is another model
+        lines += [level_row(level, name, rows, same) for name, rows in recipes.items()]
     (out / "levels.md").write_text(LEVELS + "\n".join(lines) + "\n")
 
 

@@ -88,11 +88,8 @@ def nearest_style(style: Style) -> str:
     return min(palettes, key=lambda name: float(np.abs(np.subtract(palettes[name], style.palette)).sum()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wild", type=Path, metavar="FOLDER")
-    args = parser.parse_args()
-    into, render = (args.wild, wild.render) if args.wild else (CONCEPTS, drawing.render)
+def draw_concepts(into: Path, render: Callable) -> None:
+    """Every concept, in a folder of its name."""
     for number, (name, who) in enumerate(CHARACTERS.items()):
         if who in named_characters().values():
             raise ValueError(f"{name} has a name already")
@@ -115,6 +112,13 @@ def main() -> None:
         }
         training, held_out = (style_pictures(style, rng, places) for places in (TRAINING, HELD_OUT))
         write_concept(into / name, about, training, held_out, 200 + 2 * number, render)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wild", type=Path, metavar="FOLDER")
+    args = parser.parse_args()
+    draw_concepts(*((args.wild, wild.render) if args.wild else (CONCEPTS, drawing.render)))
 
 
 if __name__ == "__main__":
