@@ -216,9 +216,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint instead of the demo model")
     parser.add_argument("--cosine", type=float, default=0.0, help="agreement of gradients at the start (levels.py)")
     parser.add_argument("--noise", type=float, default=0.0, help="irreducible noise, times the residual (levels.py)")
-    parser.add_argument(
-        "--wild", action="store_true", help="the model of 128 pixels and the concepts in its world"
-    )
+    parser.add_argument("--wild", action="store_true", help="the model of 128 pixels and the concepts in its world")
     parser.add_argument("--out", type=Path, help=f"default: {OUT.relative_to(ROOT)}, and a folder in it for each level")
     parser.add_argument("--report", action="store_true", help="learn nothing: only write tables, plot and sheets")
     args = parser.parse_args()
