@@ -36,7 +36,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from demo.measure import CHECKPOINT, CONCEPTS, Bench, Concept
+from demo.measure import CHECKPOINT, CONCEPTS, WILD, Bench, Concept
 from dev.get_comfyui import ROOT
 from toy_model import wild
 from toy_model.make_concepts import draw_concepts
@@ -46,7 +46,6 @@ from .levels import Level, harder
 from .recipes import ABLATIONS, RECIPES, Recipe
 
 OUT = ROOT / "benchmarks/results/concepts"
-WILD = ROOT / "demo/models/wild.safetensors"
 DEFAULT_CONCEPTS = ("circle", "diamond", "flower", "heart", "moon", "star", "ember", "lagoon")
 BANDS = 3  # thirds of the noise schedule, from low to high noise
 DRAWS, CURVE_DRAWS = 12, 3  # noise levels per held-out picture, at the end and along the curve
@@ -227,7 +226,7 @@ def main() -> None:
     if not args.report:
         with tempfile.TemporaryDirectory() as folder:
             if args.wild:
-                draw_concepts(Path(folder), wild.render)
+                draw_concepts(Path(folder), wild.render, args.concepts)
                 args.concepts = [str(Path(folder, concept)) for concept in args.concepts]
             bench = Bench(args.model or (WILD if args.wild else CHECKPOINT))
             for name, concept, seed in cells(args, recipes):

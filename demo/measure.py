@@ -22,6 +22,7 @@ from textual_inversion.config import Kind
 
 CONCEPTS = ROOT / "demo/concepts"
 CHECKPOINT = ROOT / "demo/models/toy.safetensors"
+WILD = ROOT / "demo/models/wild.safetensors"  # of 128 pixels
 NOISE_LEVELS = 16  # per held-out picture
 RESULTS = ROOT / "demo/results.json"
 

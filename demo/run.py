@@ -1,7 +1,7 @@
 """The main job, `make demo`: a real ComfyUI learns a word from four pictures and draws with it.
 
-Runs a template on the demo model and one concept through comfy-cli and leaves in demo/output/: the embedding,
-before_after.png and report.json.
+Runs a template on the demo model of 128 pixels and one concept through comfy-cli and leaves in demo/output/: the
+pictures, the embedding, before_after.png and report.json.
 """
 
 import argparse
@@ -15,8 +15,10 @@ from PIL import Image, ImageDraw
 
 from dev.comfyui_server import ComfyServer
 from dev.get_comfyui import ROOT
+from toy_model import wild
+from toy_model.make_concepts import draw_concepts
 
-from .measure import Bench, Concept
+from .measure import WILD, Bench, Concept
 from .workflow import for_demo_model
 
 OUTPUT = ROOT / "demo/output"
@@ -30,18 +32,18 @@ PROMPTS = (
     "a photo of {} on a yellow background",
     "a photo of {} wearing a crown on the beach",
 )
-SIDE = 128  # pixels of a picture on the sheet
+SIDE = 192  # pixels of a picture on the sheet
 
 
 def picture_graph(prompts: list[str], embedding: str | None) -> dict[str, Any]:
     """Draws each prompt with the same seed; ``embedding`` is the file whose word the CLIP learns."""
     clip = ["load", 1]
-    graph: dict[str, Any] = {"load": node("CheckpointLoaderSimple", ckpt_name="toy.safetensors")}
+    graph: dict[str, Any] = {"load": node("CheckpointLoaderSimple", ckpt_name=WILD.name)}
     if embedding:
         graph["file"] = node("TI_LoadEmbedding", file=embedding)
         graph["apply"] = node("TI_ApplyEmbedding", clip=clip, embedding=["file", 0], trigger="", strength=1.0)
         clip = ["apply", 0]
-    graph["latent"] = node("EmptyLatentImage", width=64, height=64, batch_size=1)
+    graph["latent"] = node("EmptyLatentImage", width=wild.SIZE, height=wild.SIZE, batch_size=1)
     graph["negative"] = node("CLIPTextEncode", clip=clip, text="")
     for number, prompt in enumerate(prompts):
         graph[f"positive{number}"] = node("CLIPTextEncode", clip=clip, text=prompt)
@@ -83,7 +85,7 @@ def sheet(rows: dict[str, list[Image.Image]], labels: list[str]) -> Image.Image:
         y = index * (SIDE + top)
         pen.text((4, y + 3), title, fill="black")
         for column, picture in enumerate(pictures):
-            page.paste(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (column * SIDE, y + top))
+            page.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (column * SIDE, y + top))
     for column, label in enumerate(labels):
         pen.text((column * SIDE + 2, len(rows) * (SIDE + top) + 3), label, fill="black")
     return page
@@ -93,14 +95,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     started = time.perf_counter()
-    concept = Concept.read(CONCEPT)
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    OUTPUT.mkdir(parents=True)
+    draw_concepts(OUTPUT, wild.render, [CONCEPT])
+    concept = Concept.read(str(OUTPUT / CONCEPT))
 
-    with ComfyServer() as server:
+    with ComfyServer(checkpoints=[WILD]) as server:
         shutil.copytree(concept.folder / "train", server.base / "input" / concept.folder.name)
         workflow = server.base / "workflow.json"
-        workflow.write_text(json.dumps(for_demo_model(TEMPLATE, CONCEPT, trigger=TRIGGER)))
+        graph = for_demo_model(TEMPLATE, CONCEPT, model=WILD.name, side=wild.SIZE, trigger=TRIGGER)
+        workflow.write_text(json.dumps(graph))
         print(f"ComfyUI runs and learns {TRIGGER!r} from {CONCEPT}.", flush=True)
         server.run_workflow(workflow)
         (learned,) = (server.base / "models/embeddings").glob("*.safetensors")
@@ -125,7 +128,7 @@ def main() -> None:
 
 def measured(concept: Concept, learned: Path, trigger: str) -> dict[str, float]:
     """Losses on fixed noise, of the training and of the held-out pictures, before and after."""
-    bench = Bench()
+    bench = Bench(WILD)
     from textual_inversion import TrainConfig, formats, initial_embedding
 
     config = TrainConfig(trigger=trigger, initializer=concept.initializer)

@@ -8,17 +8,19 @@ MODEL, SIDE, CFG = "toy.safetensors", 64, 4.0
 EMBEDDINGS = ("demo-heart.safetensors", "demo-star.safetensors")  # files of demo/embeddings
 
 
-def for_demo_model(template: Path, concept: str, prompt: str = "", **train: Any) -> dict[str, Any]:
+def for_demo_model(
+    template: Path, concept: str, prompt: str = "", model: str = MODEL, side: int = SIDE, **train: Any
+) -> dict[str, Any]:
     """The workflow of a template, with the pictures of input/``concept``, a prompt and these widgets of Train."""
     workflow = json.loads(template.read_text())
     embeddings = iter(EMBEDDINGS)
     for node in workflow["nodes"]:
         match node["type"]:
             case "CheckpointLoaderSimple":
-                set_widgets(node, ckpt_name=MODEL)
+                set_widgets(node, ckpt_name=model)
                 node["properties"].pop("models", None)
             case "TI_LoadImages":
-                set_widgets(node, folder=concept, size=SIDE)
+                set_widgets(node, folder=concept, size=side)
             case "TI_Train":
                 set_widgets(node, **train)
             case "TI_LoadEmbedding":
@@ -26,7 +28,7 @@ def for_demo_model(template: Path, concept: str, prompt: str = "", **train: Any)
             case "PrimitiveStringMultiline" if prompt:
                 set_widgets(node, value=prompt)
             case "EmptyLatentImage":
-                set_widgets(node, width=SIDE, height=SIDE)
+                set_widgets(node, width=side, height=side)
             case "KSampler":
                 set_widgets(node, cfg=CFG)
     return workflow

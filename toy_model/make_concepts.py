@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -88,8 +88,8 @@ def nearest_style(style: Style) -> str:
     return min(palettes, key=lambda name: float(np.abs(np.subtract(palettes[name], style.palette)).sum()))
 
 
-def draw_concepts(into: Path, render: Callable) -> None:
-    """Every concept, in a folder of its name."""
+def draw_concepts(into: Path, render: Callable, names: Iterable[str] = (*CHARACTERS, *STYLES)) -> None:
+    """Each of the concepts in a folder of its name."""
     for number, (name, who) in enumerate(CHARACTERS.items()):
         if who in named_characters().values():
             raise ValueError(f"{name} has a name already")
@@ -99,8 +99,9 @@ def draw_concepts(into: Path, render: Callable) -> None:
             "description": describe(who),
             "identity": asdict(who),
         }
-        training, held_out = (character_pictures(who, places) for places in (TRAINING, HELD_OUT))
-        write_concept(into / name, about, training, held_out, 100 + 2 * number, render)
+        if name in names:
+            training, held_out = (character_pictures(who, places) for places in (TRAINING, HELD_OUT))
+            write_concept(into / name, about, training, held_out, 100 + 2 * number, render)
     for number, (name, palette) in enumerate(STYLES.items()):
         style, rng = Style("palette", "{}", palette=palette), random.Random(number)
         near = nearest_style(style)
@@ -110,8 +111,9 @@ def draw_concepts(into: Path, render: Callable) -> None:
             "description": near,
             "identity": {"dark": palette[0], "light": palette[1]},
         }
-        training, held_out = (style_pictures(style, rng, places) for places in (TRAINING, HELD_OUT))
-        write_concept(into / name, about, training, held_out, 200 + 2 * number, render)
+        if name in names:
+            training, held_out = (style_pictures(style, rng, places) for places in (TRAINING, HELD_OUT))
+            write_concept(into / name, about, training, held_out, 200 + 2 * number, render)
 
 
 def main() -> None:
