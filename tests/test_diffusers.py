@@ -306,13 +306,13 @@ def test_pipeline_is_unchanged_by_training_drawing_and_errors(family, monkeypatc
 # Against ComfyUI ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["SD1", "SDXL", "toy"])
+@pytest.fixture(params=["SD1", "SDXL", "toy", "wild"])
 def both(request, checkpoints, load) -> tuple[DiffusersModel, ComfyModel]:
-    """The same weights through diffusers and through ComfyUI: random ones, and the demo model."""
-    if request.param == "toy":
+    """The same weights through diffusers and through ComfyUI: random ones, and the demo models."""
+    if request.param in ("toy", "wild"):
         import demo.comfyui_pack  # noqa: F401  lets ComfyUI recognise the checkpoint
 
-        path = ROOT / "demo/models/toy.safetensors"
+        path = ROOT / f"demo/models/{request.param}.safetensors"
         pipeline = pipeline_from_checkpoint(path)
     else:
         path = checkpoints[f"Small{request.param}"]
@@ -345,10 +345,11 @@ def test_agrees_with_comfyui(both):
             assert relative(gradient, other) < 1e-4
 
 
-def test_demo_pictures_become_the_same_latents(load, pictures):
+@pytest.mark.parametrize("name", ["toy", "wild"])
+def test_demo_pictures_become_the_same_latents(name, load, pictures):
     import demo.comfyui_pack  # noqa: F401  lets ComfyUI recognise the checkpoint
 
-    path = ROOT / "demo/models/toy.safetensors"
+    path = ROOT / f"demo/models/{name}.safetensors"
     (ours,) = DiffusersModel(pipeline_from_checkpoint(path)).encode_images(pictures(1))
     (theirs,) = ComfyModel(*load(path)).encode_images(pictures(1))
     assert relative(ours, theirs) < 1e-4
