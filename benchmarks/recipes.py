@@ -88,7 +88,7 @@ RECIPES = {
 ABLATIONS = {
     "no per-image tokens": Recipe("", {"per_image_tokens": 0}),
     "two per-image tokens": Recipe("", {"per_image_tokens": 2}),
-    "no shared updates": Recipe("", constants={"optimizers.SHARED_UPDATE_WEIGHT": 0.0}),
+    "no shared updates": Recipe("", constants={"training.SHARED_UPDATE_WEIGHT": 0.0}),
     "no rehearsal": Recipe("", constants={"training.REHEARSAL": 0}),
     "no head start": Recipe("", constants={"training.HEAD_START": 0.0}),
     "rate without agreement": Recipe("", {"learning_rate": 0.2}, constants={"training.AGREEMENT_POWER": 0.0}),

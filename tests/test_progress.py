@@ -179,31 +179,39 @@ def test_vectors_that_are_surely_worse_than_the_initializer_are_not_kept():
     assert step.progress.flat > 0
 
 
-@pytest.mark.parametrize(("agreement", "joins"), [(0.8, 5), (0.1, 15)])
-def test_embedding_is_learned_again_after_a_rehearsal(trainable, monkeypatch, agreement, joins):
+@pytest.mark.parametrize(
+    ("agreement", "shortest", "joins", "began"), [(0.8, 100, 5, 15), (0.7, 4, 9, 9), (0.1, 4, 15, 15)]
+)
+def test_embedding_is_learned_again_after_a_rehearsal(trainable, monkeypatch, agreement, shortest, joins, began):
     """From the initializer, beside per-image tokens that know their pictures, and at first stand still.
 
-    The embedding joins the rehearsal when 20 (1 - a) / a gradients came, or not at all.
+    The embedding joins the rehearsal when 20 (1 - a) / a gradients came, and it lasts at least as long, but never
+    longer than a quarter of all steps.
     """
     monkeypatch.setattr(Agreement, "value", agreement)
+    monkeypatch.setattr(training, "REHEARSAL", shortest)
     _, start = trainable
     config = TrainConfig(steps=60, evaluate_every=5, batch_size=2, patience=0)
     _, embedding, steps = start(config)
-    now, per_image, first = [], [], embedding.snapshot().vectors
+    now, per_image, shared, first = [], [], [], embedding.snapshot().vectors
     for step in steps:
         now.append(step.state.tokens.concept.snapshot().vectors)
         per_image.append(
             torch.cat([vectors for image in step.state.tokens.snapshot().per_image for vectors in image.parameters()])
         )
-        if step.number == 15:
+        shared.append(step.state.optimizer.param_groups[-1]["shared_update_weight"])
+        if step.number == began:
             rehearsed = step
             assert all(torch.equal(step.state.ema.concept.vectors[key], first[key]) for key in first)
     at_start = [all(torch.equal(vectors[key], first[key]) for key in first) for vectors in now]
     # Everything also stands still for the first twentieth.
-    assert [number for number, is_first in enumerate(at_start) if is_first] == sorted({*range(joins + 1), 15})
+    assert [number for number, is_first in enumerate(at_start) if is_first] == sorted({*range(joins + 1), began})
     stood_still = [torch.equal(before, after) for before, after in itertools.pairwise(per_image)]
-    assert [step for step, still in enumerate(stood_still, 1) if still] == [1, 2, 3, 16, 17, 18]
-    assert (step.progress.began, rehearsed.best_step) == (15, 15)
+    head_start = range(began + 1, began + math.ceil(began / 5) + 1)
+    assert [step for step, still in enumerate(stood_still, 1) if still] == [1, 2, 3, *head_start]
+    ]
+    assert [number for number, weight in enumerate(shared) if weight] == list(range(1, began + 1))
+    assert (step.progress.began, rehearsed.best_step) == (began, began)
     assert len(step.state.tokens.per_image) == 2
 
 

@@ -1,8 +1,8 @@
 """The optimizers that update the vectors. ``OPTIMIZERS`` lists them; to add one, add a row and its name in config.py.
 
 The first parameter group is the concept's vectors. The training loop sets ``lr`` in every group before each step,
-and ``agreement`` (see ``agreement.Agreement``) in the first. A parameter may have no gradient. The ``state_dict``
-must load with ``weights_only=True``, so that an unfinished run can be resumed.
+``agreement`` (see ``agreement.Agreement``) in the first and ``shared_update_weight`` in the others. A parameter may
+have no gradient. The ``state_dict`` must load with ``weights_only=True``, so that an unfinished run can be resumed.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import OptimizerName, TrainConfig
 from .errors import UserError
-from .image_tokens import SHARED_UPDATE_WEIGHT, TrainedTokens
+from .image_tokens import TrainedTokens
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,6 @@ def _groups(tokens: TrainedTokens) -> list[dict]:
 def _sphere(tokens: TrainedTokens, config: TrainConfig, rate: float) -> torch.optim.Optimizer:
     concept, *per_image = _groups(tokens)
     concept["anchor_strength"] = config.editability
-    for group in per_image:
-        group["shared_update_weight"] = SHARED_UPDATE_WEIGHT
     return Sphere([concept, *per_image], rate, config.momentum)
 
 

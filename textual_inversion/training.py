@@ -16,7 +16,7 @@ from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
 from .evaluation import Difference, Evaluator, fairest, flat
 from .gradients import Share, compute_gradients
-from .image_tokens import TrainedTokens, new_image_tokens
+from .image_tokens import SHARED_UPDATE_WEIGHT, TrainedTokens, new_image_tokens
 from .memory import enable_checkpointing_if_needed, out_of_memory_explained
 from .objective import batch_loss
 from .optimizers import OPTIMIZERS, learning_rate, make_optimizer
@@ -30,7 +30,7 @@ AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agre
 # Beside per-image tokens the embedding is learned twice: first in a rehearsal, in which those learn what each picture
 # shows, and then from the initializer again, since until they knew it the embedding took it in. It gets a head start:
 # all tokens together would otherwise explain the thing before the embedding does.
-REHEARSAL = 100  # steps
+REHEARSAL = 100  # steps at least
 REHEARSAL_SHARE = 1 / 4  # of all steps, where they are few
 HEAD_START = 1 / 5  # of the rehearsal, in which the per-image tokens stand still after it
 AVERAGED_SHARE = 1 / 3  # of the run, its end
@@ -40,8 +40,8 @@ MEASURED_STEPS = 10
 MEASURED_SHARE = 1 / 20  # of all steps, where they are few
 
 # What gradients agree on comes to several times their noise in the mean of n of them, which has
-# n x agreement / (1 - agreement) times as much of it, in squares. The embedding joins the rehearsal then, and training
-# may not end by itself before.
+# n x agreement / (1 - agreement) times as much of it, in squares. The embedding joins the rehearsal then, and neither
+# that nor training may end by itself before.
 SIGNAL_TO_NOISE = 20
 MOST_STEPS_WITHOUT_GAIN = 1000
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
@@ -186,7 +186,7 @@ def learn(
         unusable = 0
         if number == 1:
             _check_gradients(model, tokens, share.batches[0])
-        _measure_agreement(state)
+        _measure_agreement(state, config)
         rate = _set_rates(optimizer, state, config)
         # No interruption point before the progress is set: a saved state must be consistent.
         optimizer.step()
@@ -246,7 +246,7 @@ def _initial_state(
             "The loss is not a number before the first step: this model or VAE overflows in its "
             "precision. Try a bf16 or fp32 model, or a VAE that works in fp16."
         )
-    began = int(min(REHEARSAL, config.steps * REHEARSAL_SHARE)) if tokens.per_image else 0
+    began = _rehearsal(config) if tokens.per_image else 0
     progress = Progress(first.loss, ema.concept.snapshot(), (first,), began)
     return TrainState(tokens, optimizer, ema, Agreement(), progress)
 
@@ -289,17 +289,30 @@ def _keep(choice: Choice, state: TrainState, evaluator: Evaluator) -> float:
     return chosen.loss
 
 
-def _measure_agreement(state: TrainState) -> None:
+def _measure_agreement(state: TrainState, config: TrainConfig) -> None:
     """Adds the concept's gradients. How far the first ones agree, while it stands still, is what the run tells."""
     concept = state.tokens.concept
     state.agreement.add([vectors.grad for vectors in concept.parameters() if vectors.grad is not None])
     if state.progress.step < MEASURED_STEPS:
         state.progress = replace(state.progress, agreement=state.agreement.value)
+        if state.tokens.per_image and _measured_steps(config):
+            state.progress = replace(state.progress, began=_rehearsal(config, state.agreement.value))
 
 
 def _measured_steps(config: TrainConfig) -> int:
     """Only the automatic schedule has them: cosine and constant rates are the chosen ones from the first step."""
     return int(min(MEASURED_STEPS, config.steps * MEASURED_SHARE)) if config.schedule == "automatic" else 0
+
+
+def _clear_steps(agreement: float) -> int:
+    """How many gradients it takes until what they agree on outweighs their noise."""
+    agreement = max(agreement, LEAST_AGREEMENT)
+    return math.ceil(SIGNAL_TO_NOISE * (1 - agreement) / agreement)
+
+
+def _rehearsal(config: TrainConfig, agreement: float = 1.0) -> int:
+    """Steps of the rehearsal: more where gradients are noisy."""
+    return int(min(max(REHEARSAL, _clear_steps(agreement)), config.steps * REHEARSAL_SHARE))
 
 
 def _joins(progress: Progress, config: TrainConfig) -> int:
@@ -308,9 +321,7 @@ def _joins(progress: Progress, config: TrainConfig) -> int:
     The noisier the gradients, the later: until the tokens know the backgrounds, it would take them in.
     """
     still = _measured_steps(config)
-    agreement = max(progress.agreement, LEAST_AGREEMENT)
-    clear = math.ceil(SIGNAL_TO_NOISE * (1 - agreement) / agreement)
-    return max(still, min(clear, progress.began)) if still else 0
+    return max(still, min(_clear_steps(progress.agreement), progress.began)) if still else 0
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> float:
@@ -325,6 +336,9 @@ def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: Trai
     for group in per_image:
         moves = done >= still and not head_start
         group["lr"] = highest * learning_rate_factor(done, still, 1.0, config) if moves else 0.0
+        # After the rehearsal they know what all backgrounds have in common. From then on, moving together they would
+        # only take over what the embedding has learned.
+        group["shared_update_weight"] = SHARED_UPDATE_WEIGHT if done < rehearsal else 0.0
     return concept["lr"]
 
 
