@@ -209,7 +209,6 @@ def test_embedding_is_learned_again_after_a_rehearsal(trainable, monkeypatch, ag
     stood_still = [torch.equal(before, after) for before, after in itertools.pairwise(per_image)]
     head_start = range(began + 1, began + math.ceil(began / 5) + 1)
     assert [step for step, still in enumerate(stood_still, 1) if still] == [1, 2, 3, *head_start]
-    ]
     assert [number for number, weight in enumerate(shared) if weight] == list(range(1, began + 1))
     assert (step.progress.began, rehearsed.best_step) == (began, began)
     assert len(step.state.tokens.per_image) == 2
