@@ -127,7 +127,10 @@ def main() -> None:
 
 
 def measured(concept: Concept, learned: Path, trigger: str) -> dict[str, float]:
-    """Losses on fixed noise, of the training and of the held-out pictures, before and after."""
+    """Losses on fixed noise, of the training and of the held-out pictures, before and after.
+
+    The loss of the true and complete description says how much words can explain at all.
+    """
     bench = Bench(WILD)
     from textual_inversion import TrainConfig, formats, initial_embedding
 
@@ -141,6 +144,7 @@ def measured(concept: Concept, learned: Path, trigger: str) -> dict[str, float]:
             "loss_last": bench.heldout_loss(training, word, trigger),
             "heldout_loss_before": bench.heldout_loss(heldout, start, trigger),
             "heldout_loss_after": bench.heldout_loss(heldout, word, trigger),
+            "heldout_loss_described": bench.heldout_loss(heldout, start, concept.description),
         }
 
 
