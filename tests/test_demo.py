@@ -16,10 +16,9 @@ def bench():
     return Bench()
 
 
-@pytest.mark.parametrize("name", ["heart", "lagoon"])
-def test_learned_word_beats_every_word_of_the_vocabulary(bench, name):
-    """An object and a style, with the node's defaults but for the bound; fixed noise, pictures held out."""
-    row = bench.learn(Concept.read(name), world_words()[::4], steps=150)
+def test_learned_word_beats_every_word_of_the_vocabulary(bench):
+    """With the node's defaults but for the bound; fixed noise, pictures held out."""
+    row = bench.learn(Concept.read("heart"), world_words()[::4], steps=150)
     assert row["learned"] < row["initializer"]
     assert row["learned"] < row["best word"]
 
