@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from demo.measure import CONCEPTS, Bench, Concept, world_words
+from demo.measure import CONCEPTS, WILD, Bench, Concept, world_words
 from textual_inversion import TrainConfig, initial_embedding, train
 from textual_inversion.initializer import with_initializer
+from toy_model import wild
+from toy_model.make_concepts import draw_concepts
 
 FOLDERS = sorted(path.parent for path in CONCEPTS.glob("*/concept.json"))
 
@@ -21,6 +23,21 @@ def test_learned_word_beats_every_word_of_the_vocabulary(bench):
     row = bench.learn(Concept.read("heart"), world_words()[::4], steps=150)
     assert row["learned"] < row["initializer"]
     assert row["learned"] < row["best word"]
+
+
+def test_a_word_says_what_the_true_description_says(tmp_path):
+    """In the wild, where words explain little: from four pictures, most of what the whole description explains."""
+    draw_concepts(tmp_path, wild.render, ["heart"])
+    concept, config = Concept.read(str(tmp_path / "heart")), TrainConfig(initializer="heart", steps=60)
+    bench = Bench(WILD)
+    training, heldout = (bench.dataset(concept, part, config) for part in ("train", "heldout"))
+    with bench.model.training() as model:
+        start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, 1)
+        *_, last = train(model, start.trainable(), training, config)
+        words = (start, config.initializer), (start, concept.description), (last.best, config.trigger)
+        before, described, learned = (bench.heldout_loss(heldout, word, text) for word, text in words)
+    assert described < before
+    assert before - learned > 0.8 * (before - described)
 
 
 @pytest.mark.parametrize(("name", "share"), [("heart", 0.8), ("lagoon", 1.0)])
