@@ -55,8 +55,9 @@ LEVELS = """# As hard as real models may be
 The demo model at several levels of difficulty (`benchmarks/levels.py`), one folder each. Held-out losses are always the
 plain model's. *Agreement* and *noise scale* (in pictures) are medians at the start; *a word explains*: the gain of ours
 as a share of the loss in training, beside the per-image tokens. *Kept*: mean identity as a share of the same recipe's
-on the same concepts and seeds of the plain model. *Before*: ours of 27 November 2026 before there was a rehearsal,
-whose embedding stood still until the per-image tokens had settled.
+on the same concepts and seeds of the plain model. *Before*: ours until 27 November 2026, with a rehearsal of 100 steps
+however noisy gradients are, and per-image tokens that share their updates after it too; *before + captions* is older.
+*Wild* is the other demo model (`--wild`).
 
 | level | recipe | cells | agreement | noise scale | a word explains | identity | worst | kept | pictures | at most |
 |---|---|---|---|---|---|---|---|---|---|---|
