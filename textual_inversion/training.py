@@ -333,12 +333,15 @@ def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: Trai
     concept, *per_image = optimizer.param_groups
     concept["lr"] = highest * learning_rate_factor(done, began, agreement, config) if done >= began else 0.0
     concept["agreement"] = agreement
+    # After the rehearsal the tokens know what all backgrounds have in common. From then on, moving together they would
+    # only take over what the embedding has learned; but where a batch shows few of many pictures, the tokens of the
+    # others must follow.
+    pictures, shown = max(1, len(state.tokens.per_image)), config.batch_size * config.accumulation
+    shared = SHARED_UPDATE_WEIGHT * (1.0 if done < rehearsal else max(0.0, 1 - shown / pictures))
     for group in per_image:
         moves = done >= still and not head_start
         group["lr"] = highest * learning_rate_factor(done, still, 1.0, config) if moves else 0.0
-        # After the rehearsal they know what all backgrounds have in common. From then on, moving together they would
-        # only take over what the embedding has learned.
-        group["shared_update_weight"] = SHARED_UPDATE_WEIGHT if done < rehearsal else 0.0
+        group["shared_update_weight"] = shared
     return concept["lr"]
 
 
