@@ -180,18 +180,19 @@ def test_vectors_that_are_surely_worse_than_the_initializer_are_not_kept():
 
 
 @pytest.mark.parametrize(
-    ("agreement", "shortest", "joins", "began"), [(0.8, 100, 5, 15), (0.7, 4, 9, 9), (0.1, 4, 15, 15)]
+    ("agreement", "shortest", "joins", "began", "batch"),
+    [(0.8, 100, 5, 15, 2), (0.7, 4, 9, 9, 1), (0.1, 4, 15, 15, 2)],
 )
-def test_embedding_is_learned_again_after_a_rehearsal(trainable, monkeypatch, agreement, shortest, joins, began):
+def test_embedding_is_learned_again_after_a_rehearsal(trainable, monkeypatch, agreement, shortest, joins, began, batch):
     """From the initializer, beside per-image tokens that know their pictures, and at first stand still.
 
     The embedding joins the rehearsal when 20 (1 - a) / a gradients came, and it lasts at least as long, but never
-    longer than a quarter of all steps.
+    longer than a quarter of all steps. After it the tokens share updates only where a batch does not show them all.
     """
     monkeypatch.setattr(Agreement, "value", agreement)
     monkeypatch.setattr(training, "REHEARSAL", shortest)
     _, start = trainable
-    config = TrainConfig(steps=60, evaluate_every=5, batch_size=2, patience=0)
+    config = TrainConfig(steps=60, evaluate_every=5, batch_size=batch, patience=0)
     _, embedding, steps = start(config)
     now, per_image, shared, first = [], [], [], embedding.snapshot().vectors
     for step in steps:
@@ -209,7 +210,8 @@ def test_embedding_is_learned_again_after_a_rehearsal(trainable, monkeypatch, ag
     stood_still = [torch.equal(before, after) for before, after in itertools.pairwise(per_image)]
     head_start = range(began + 1, began + math.ceil(began / 5) + 1)
     assert [step for step, still in enumerate(stood_still, 1) if still] == [1, 2, 3, *head_start]
-    assert [number for number, weight in enumerate(shared) if weight] == list(range(1, began + 1))
+    assert shared[1 : began + 1] == [2.0] * began
+    assert set(shared[began + 1 :]) == {2 - batch}
     assert (step.progress.began, rehearsed.best_step) == (began, began)
     assert len(step.state.tokens.per_image) == 2
 
