@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the demo model of 128 pixels again from nothing but this repository: nine minutes on one GPU, no downloads.
+# Make the demo model of 128 pixels again from nothing but this repository, on one GPU, no downloads.
 # Needs torch, diffusers, transformers and a ComfyUI in COMFYUI_PATH, for CLIP's vocabulary and names of weights.
 # usage: toy_model/rebuild_wild.sh [WORK_FOLDER]
 set -euo pipefail
