@@ -312,7 +312,7 @@ def test_report_tells_chance_from_learning_and_how_it_ended(trainable):
     [
         (99, 9, 0, "ended in the rehearsal"),
         (5, 9, 1, "too early to tell"),
-        (5, 99, 0, "more steps would help"),
+        (5, 299, 0, "more steps would help"),
         (5, 9999, 2, "more would hardly help"),
     ],
 )

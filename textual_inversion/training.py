@@ -223,14 +223,16 @@ def still_improving(progress: Progress, config: TrainConfig) -> bool:
 def earliest_end(progress: Progress, config: TrainConfig) -> int:
     """The step after which training may end by itself, as far as it is known now: later while it is improving.
 
-    Not before twice as many steps as the rehearsal had, nor before 1000 while the gain cannot be told from chance.
+    After a rehearsal not before 200 more or as many as it had, nor before 1000 while the gain cannot be told from
+    chance.
     """
     if config.patience == 0:
         return config.steps
     enough = SIGNAL_TO_NOISE / max(progress.agreement, LEAST_AGREEMENT)
     if progress.flat and not progress.gain.certain:
         enough = max(enough, MOST_STEPS_WITHOUT_GAIN)
-    return min(config.steps, max(progress.step, progress.began + max(2 * progress.began, math.ceil(enough))))
+    after_rehearsal = max(2 * LEAST_REHEARSAL, progress.began) if progress.began else 0
+    return min(config.steps, max(progress.step, progress.began + max(after_rehearsal, math.ceil(enough))))
 
 
 def _initial_state(
