@@ -57,6 +57,7 @@ plain model's. *Agreement* and *noise scale* (in pictures) are medians at the st
 as a share of the loss in training, beside the per-image tokens. *Kept*: mean identity as a share of the same recipe's
 on the same concepts and seeds of the plain model. *Before*: ours until 27 November 2026, with a rehearsal of 100 steps
 however noisy gradients are, and per-image tokens that share their updates after it too; *before + captions* is older.
+*Edges*: tried and not taken (docs/method.md).
 *Wild* is the other demo model (`--wild`).
 
 | level | recipe | cells | agreement | noise scale | a word explains | identity | worst | kept | pictures | at most |

@@ -33,13 +33,9 @@ class Agreement:
         self.weights = (1 - weight) ** 2 * self.weights + weight**2 if self.steps > 1 else 1.0
 
     @property
-    def known(self) -> bool:
-        return self.steps > 1
-
-    @property
     def value(self) -> float:
         """1 before the second step: nothing is known of noise yet. Never less than 1e-4."""
-        if not self.known:
+        if self.steps < 2:
             return 1.0
         pairs = self.mean.square().sum().item() - self.weights
         return min(1.0, max(1e-4, pairs / (1 - self.weights)))

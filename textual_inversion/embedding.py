@@ -75,10 +75,6 @@ class Embedding:
     def parameters(self) -> Iterator[Tensor]:
         yield from self.vectors.values()
 
-    def gradients(self) -> list[Tensor]:
-        """Those that the vectors have now."""
-        return [vectors.grad for vectors in self.parameters() if vectors.grad is not None]
-
     def trainable(self) -> "Embedding":
         """A copy whose vectors are leaf tensors that collect gradients."""
         return self.mapped(lambda tensor: tensor.detach().clone().requires_grad_(True))

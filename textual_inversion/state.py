@@ -81,9 +81,6 @@ class TrainState:
     ema: TrainedTokens
     """The averaged vectors of ``tokens``."""
     agreement: Agreement
-    """Of the concept's gradients."""
-    image_agreements: list[Agreement]
-    """Of each per-image token's, in the first steps."""
     progress: Progress
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +93,6 @@ class TrainState:
             "ema": [embedding.vectors for embedding in self.ema.trained],
             "optimizer": self.optimizer.state_dict(),
             "agreement": self.agreement.state_dict(),
-            "image_agreements": [agreement.state_dict() for agreement in self.image_agreements],
         }
 
     @torch.no_grad()
@@ -108,8 +104,6 @@ class TrainState:
                     tensor.copy_(vectors[key])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.agreement.load_state_dict(saved["agreement"])
-        for agreement, kept in zip(self.image_agreements, saved["image_agreements"], strict=True):
-            agreement.load_state_dict(kept)
         best = Embedding(self.progress.best.trigger, saved["best"], self.progress.best.metadata)
         evaluations = tuple(Evaluation(**evaluation) for evaluation in saved["evaluations"])
         self.progress = Progress(best=best, evaluations=evaluations, **saved["progress"])
@@ -165,7 +159,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
     return torch.load(io.BytesIO(data[begin:]), weights_only=True)
 
 
-RECIPE = 8  # counts changes of training that make an older unfinished run another run
+RECIPE = 7  # counts changes of training that make an older unfinished run another run
 
 
 def saved_settings(config: TrainConfig) -> dict[str, Any]:

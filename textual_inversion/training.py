@@ -11,7 +11,7 @@ import torch
 from .adapters.protocol import TrainableModel
 from .agreement import Agreement
 from .config import TrainConfig
-from .dataset import Batch, Dataset, edges, training_batches
+from .dataset import Batch, Dataset, training_batches
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
 from .evaluation import Difference, Evaluator, fairest, flat
@@ -27,13 +27,12 @@ from .state import Progress, TrainState
 # The default schedule, in steps and shares (docs/method.md).
 DECAY_STEPS = 10  # the rate falls as 1 / sqrt(1 + steps / DECAY_STEPS)
 AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agreement
-# Beside per-image tokens there is a rehearsal, in which those learn what each picture shows: until they knew it, the
-# embedding would take it in. Of a thing they learn it from the edge of its picture, and the embedding waits. Of a style
-# there is no such part of a picture: the embedding learns it too, so that they need not, and then begins again.
-REHEARSAL = 30  # steps, divided by the square of the agreement of the tokens' gradients
-LEAST_REHEARSAL, MOST_REHEARSAL = 100, 400  # steps
-REHEARSAL_SHARE = 1 / 4  # of all steps at most
-HEAD_START = 1 / 5  # of the rehearsal, in which only the embedding learns after it
+# Beside per-image tokens the embedding is learned twice: first in a rehearsal, in which those learn what each picture
+# shows, and then from the initializer again, since until they knew it the embedding took it in. It gets a head start:
+# all tokens together would otherwise explain the thing before the embedding does.
+REHEARSAL = 100  # steps at least
+REHEARSAL_SHARE = 1 / 4  # of all steps, where they are few
+HEAD_START = 1 / 5  # of the rehearsal, in which the per-image tokens stand still after it
 AVERAGED_SHARE = 1 / 3  # of the run, its end
 
 # Everything stands still for the first steps, in which it is measured how far gradients agree.
@@ -41,8 +40,8 @@ MEASURED_STEPS = 10
 MEASURED_SHARE = 1 / 20  # of all steps, where they are few
 
 # What gradients agree on comes to several times their noise in the mean of n of them, which has
-# n x agreement / (1 - agreement) times as much of it, in squares. The embedding of a style joins the rehearsal then,
-# and training may not end by itself before.
+# n x agreement / (1 - agreement) times as much of it, in squares. The embedding joins the rehearsal then, and neither
+# that nor training may end by itself before.
 SIGNAL_TO_NOISE = 20
 MOST_STEPS_WITHOUT_GAIN = 1000
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
@@ -177,8 +176,6 @@ def learn(
     while not stop and state.progress.step < config.steps and not finished(state.progress, config):
         number = share.number = state.progress.step + 1
         share.batches = list(islice(batches, config.accumulation))
-        if _at_edges(state.progress, config):
-            share.batches = [edges(batch) for batch in share.batches]
         loss = yield share
         assert isinstance(loss, float)
         if not (math.isfinite(loss) and share.finite):
@@ -223,16 +220,14 @@ def still_improving(progress: Progress, config: TrainConfig) -> bool:
 def earliest_end(progress: Progress, config: TrainConfig) -> int:
     """The step after which training may end by itself, as far as it is known now: later while it is improving.
 
-    After a rehearsal not before 200 more or as many as it had, nor before 1000 while the gain cannot be told from
-    chance.
+    Not before twice as many steps as the rehearsal had, nor before 1000 while the gain cannot be told from chance.
     """
     if config.patience == 0:
         return config.steps
     enough = SIGNAL_TO_NOISE / max(progress.agreement, LEAST_AGREEMENT)
     if progress.flat and not progress.gain.certain:
         enough = max(enough, MOST_STEPS_WITHOUT_GAIN)
-    after_rehearsal = max(2 * LEAST_REHEARSAL, progress.began) if progress.began else 0
-    return min(config.steps, max(progress.step, progress.began + max(after_rehearsal, math.ceil(enough))))
+    return min(config.steps, max(progress.step, progress.began + max(2 * progress.began, math.ceil(enough))))
 
 
 def _initial_state(
@@ -253,7 +248,7 @@ def _initial_state(
         )
     began = _rehearsal(config) if tokens.per_image else 0
     progress = Progress(first.loss, ema.concept.snapshot(), (first,), began)
-    return TrainState(tokens, optimizer, ema, Agreement(), [Agreement() for _ in tokens.per_image], progress)
+    return TrainState(tokens, optimizer, ema, Agreement(), progress)
 
 
 def _evaluate_if_due(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> float | None:
@@ -295,21 +290,13 @@ def _keep(choice: Choice, state: TrainState, evaluator: Evaluator) -> float:
 
 
 def _measure_agreement(state: TrainState, config: TrainConfig) -> None:
-    """Adds the step's gradients. How far the first ones agree, while nothing moves, is what the run tells."""
-    if _at_edges(state.progress, config):  # they are not of whole pictures
-        return
-    concept, *per_image = state.tokens.trained
-    state.agreement.add(concept.gradients())
+    """Adds the concept's gradients. How far the first ones agree, while it stands still, is what the run tells."""
+    concept = state.tokens.concept
+    state.agreement.add([vectors.grad for vectors in concept.parameters() if vectors.grad is not None])
     if state.progress.step < MEASURED_STEPS:
         state.progress = replace(state.progress, agreement=state.agreement.value)
-        if per_image and _measured_steps(config):
-            for agreement, image in zip(state.image_agreements, per_image, strict=True):
-                if gradients := image.gradients():  # or the batch does not show its picture
-                    agreement.add(gradients)
-            # Of many pictures none may have been shown twice.
-            known = [agreement.value for agreement in state.image_agreements if agreement.known]
-            began = _rehearsal(config, sum(known) / len(known) if known else state.agreement.value)
-            state.progress = replace(state.progress, began=began)
+        if state.tokens.per_image and _measured_steps(config):
+            state.progress = replace(state.progress, began=_rehearsal(config, state.agreement.value))
 
 
 def _measured_steps(config: TrainConfig) -> int:
@@ -317,27 +304,24 @@ def _measured_steps(config: TrainConfig) -> int:
     return int(min(MEASURED_STEPS, config.steps * MEASURED_SHARE)) if config.schedule == "automatic" else 0
 
 
+def _clear_steps(agreement: float) -> int:
+    """How many gradients it takes until what they agree on outweighs their noise."""
+    agreement = max(agreement, LEAST_AGREEMENT)
+    return math.ceil(SIGNAL_TO_NOISE * (1 - agreement) / agreement)
+
+
 def _rehearsal(config: TrainConfig, agreement: float = 1.0) -> int:
-    """Steps of the rehearsal: more where the gradients of the per-image tokens are noisy."""
-    steps = min(MOST_REHEARSAL, max(LEAST_REHEARSAL, REHEARSAL / max(agreement, LEAST_AGREEMENT) ** 2))
-    return int(min(steps, config.steps * REHEARSAL_SHARE))
-
-
-def _at_edges(progress: Progress, config: TrainConfig) -> bool:
-    """Whether the next step teaches per-image tokens from the edges of the pictures."""
-    return config.kind != "style" and _measured_steps(config) <= progress.step < progress.began
+    """Steps of the rehearsal: more where gradients are noisy."""
+    return int(min(max(REHEARSAL, _clear_steps(agreement)), config.steps * REHEARSAL_SHARE))
 
 
 def _joins(progress: Progress, config: TrainConfig) -> int:
-    """The step of the rehearsal in which the embedding of a style begins to learn beside the per-image tokens.
+    """The step of the rehearsal in which the embedding begins to learn beside the per-image tokens.
 
-    The noisier the gradients, the later: until the tokens know what is in each picture, it would take it in.
+    The noisier the gradients, the later: until the tokens know the backgrounds, it would take them in.
     """
-    if config.kind != "style":
-        return progress.began
-    still, agreement = _measured_steps(config), max(progress.agreement, LEAST_AGREEMENT)
-    clear = math.ceil(SIGNAL_TO_NOISE * (1 - agreement) / agreement)
-    return max(still, min(clear, progress.began)) if still else 0
+    still = _measured_steps(config)
+    return max(still, min(_clear_steps(progress.agreement), progress.began)) if still else 0
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> float:
