@@ -12,7 +12,7 @@ from demo.measure import Bench, Concept
 from textual_inversion import TrainConfig, initial_embedding, train, training
 from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.agreement import Agreement, in_words
-from textual_inversion.dataset import Dataset, fixed_batches, make_dataset
+from textual_inversion.dataset import Batch, Dataset, edges, fixed_batches, make_dataset
 from textual_inversion.evaluation import CERTAIN, Difference, Evaluation, fairest, flat, gain
 from textual_inversion.initializer import with_initializer
 from textual_inversion.objective import fixed_losses
@@ -214,6 +214,53 @@ def test_embedding_is_learned_again_after_a_rehearsal(trainable, monkeypatch, ag
     assert set(shared[began + 1 :]) == {2 - batch}
     assert (step.progress.began, rehearsed.best_step) == (began, began)
     assert len(step.state.tokens.per_image) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "agreement", "edges_at"),
+    [
+        ("object", 0.7, [3, 4, 5, 6, 7, 8]),  # it waits for 20 (1 - a) / a steps
+        ("face", 0.1, list(range(3, 15))),  # for the whole rehearsal
+        ("object", 0.9, []),  # it need not wait
+        ("style", 0.1, []),
+    ],
+)
+def test_tokens_learn_from_edges_while_the_embedding_of_a_thing_waits(
+    trainable, monkeypatch, kind, agreement, edges_at
+):
+    """Where gradients are noisy it waits long, and they would explain the thing itself. A style is everywhere."""
+    monkeypatch.setattr(Agreement, "value", agreement)
+    monkeypatch.setattr(training, "REHEARSAL", 10)
+    batches, plain = [], training.compute_gradients
+
+    def watched(model, share, **options):
+        batches.append(share.batches[0])
+        return plain(model, share, **options)
+
+    monkeypatch.setattr(training, "compute_gradients", watched)
+    _, start = trainable
+    list(start(TrainConfig(kind=kind, steps=60, patience=0))[2])
+    assert [number for number, batch in enumerate(batches) if batch.masks is not None] == edges_at
+
+
+def test_edges_of_pictures_with_masks():
+    """A mask that counts nothing at the edge stays: a picture with it has no per-image token."""
+    masks = torch.zeros(2, 1, 16, 24)
+    masks[0, 0, :, :12] = 0.5
+    masks[1, 0, 5:9, 5:9] = 1.0
+    left, middle = masks_of(edges(Batch(torch.zeros(2, 4, 16, 24), masks, ["a"] * 2, torch.zeros(0), torch.zeros(2))))
+    expected = torch.zeros(16, 24)
+    expected[:2, :12] = expected[-2:, :12] = expected[:, :3] = 0.5
+    assert torch.equal(left[0], expected)
+    assert torch.equal(middle, masks[1])
+    video = masks_of(edges(Batch(torch.zeros(1, 4, 1, 8, 8), None, ["a"], torch.zeros(0), torch.zeros(1))))
+    assert video.shape == (1, 1, 1, 8, 8)
+    assert video.sum() == 28
+
+
+def masks_of(batch: Batch) -> torch.Tensor:
+    assert batch.masks is not None
+    return batch.masks
 
 
 def test_there_is_no_rehearsal_where_every_picture_has_a_caption_or_steps_are_few(trainable):

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 SMALLEST_SIDE = 8
 FIXED_DRAWS = 16  # rows of a block of fixed batches
 MOST_NAMED = 5  # pictures or masks in a message
+EDGE = 1 / 8  # of a picture's width and height, on every side
 GRID = 8  # pixels per latent of every Stable Diffusion autoencoder
 
 
@@ -282,6 +283,22 @@ def _shuffled(items: list[int], generator: torch.Generator) -> Iterator[int]:
     while True:
         for position in torch.randperm(len(items), generator=generator).tolist():
             yield items[position]
+
+
+def edges(batch: Batch) -> Batch:
+    """The batch with masks that count only an eighth of each picture's width and height on every side.
+
+    That is where its background is, and seldom the thing. A picture whose own mask counts nothing there stays as it is.
+    """
+    height, width = batch.latents.shape[-2:]
+    top, left = (max(1, round(side * EDGE)) for side in (height, width))
+    edge = torch.ones(height, width)
+    edge[top : height - top, left : width - left] = 0
+    given = torch.ones_like(batch.latents[:, :1]) if batch.masks is None else batch.masks
+    masks = given * edge
+    empty = masks.flatten(1).sum(1) == 0
+    masks[empty] = given[empty]
+    return replace(batch, masks=masks)
 
 
 def _draw(

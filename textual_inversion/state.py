@@ -159,7 +159,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
     return torch.load(io.BytesIO(data[begin:]), weights_only=True)
 
 
-RECIPE = 7  # counts changes of training that make an older unfinished run another run
+RECIPE = 8  # counts changes of training that make an older unfinished run another run
 
 
 def saved_settings(config: TrainConfig) -> dict[str, Any]:

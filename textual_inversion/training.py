@@ -11,7 +11,7 @@ import torch
 from .adapters.protocol import TrainableModel
 from .agreement import Agreement
 from .config import TrainConfig
-from .dataset import Batch, Dataset, training_batches
+from .dataset import Batch, Dataset, edges, training_batches
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
 from .evaluation import Difference, Evaluator, fairest, flat
@@ -176,6 +176,8 @@ def learn(
     while not stop and state.progress.step < config.steps and not finished(state.progress, config):
         number = share.number = state.progress.step + 1
         share.batches = list(islice(batches, config.accumulation))
+        if _tokens_are_alone(state.progress, config) and config.kind != "style":
+            share.batches = [edges(batch) for batch in share.batches]
         loss = yield share
         assert isinstance(loss, float)
         if not (math.isfinite(loss) and share.finite):
@@ -322,6 +324,14 @@ def _joins(progress: Progress, config: TrainConfig) -> int:
     """
     still = _measured_steps(config)
     return max(still, min(_clear_steps(progress.agreement), progress.began)) if still else 0
+
+
+def _tokens_are_alone(progress: Progress, config: TrainConfig) -> bool:
+    """Whether the per-image tokens learn in the next step while the embedding waits to join them.
+
+    They could explain the thing then, so only the edges of its pictures count. A style is everywhere.
+    """
+    return _measured_steps(config) <= progress.step < min(_joins(progress, config), progress.began)
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> float:
