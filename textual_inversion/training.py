@@ -331,7 +331,7 @@ def _tokens_are_alone(progress: Progress, config: TrainConfig) -> bool:
 
     They could explain the thing then, so only the edges of its pictures count. A style is everywhere.
     """
-    return _measured_steps(config) <= progress.step < min(_joins(progress, config), progress.began)
+    return _measured_steps(config) <= progress.step < _joins(progress, config)
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> float:
