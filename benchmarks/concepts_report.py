@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt
 
 Cells = list[dict[str, Any]]
 MEASURES = ("identity", "looks", "obeys", "drift", "norm_ratio", "leak")
-OURS, EARLIER = "ours", ("before", "version 0.1")
+OURS, BEFORE = "ours", "version 0.1"
 SIDE = 96  # pixels of a picture on a contact sheet
 
 
@@ -56,7 +56,7 @@ The demo model at several levels of difficulty (`benchmarks/levels.py`), one fol
 plain model's. *Agreement* and *noise scale* (in pictures) are medians at the start; *a word explains*: the gain of ours
 as a share of the loss in training, beside the per-image tokens. *Kept*: mean identity as a share of the same recipe's
 on the same concepts and seeds of the plain model. *Before*: ours before the per-image tokens learned only from edges
-while the embedding waits, which changes noisy runs only; captions, *as is* and *wild* are of that too.
+while the embedding waits, which changes noisy runs. The rows of *as is* and *wild* were measured before that too.
 *Wild* is the other demo model (`--wild`).
 
 | level | recipe | cells | agreement | noise scale | a word explains | identity | worst | kept | pictures | at most |
@@ -70,7 +70,7 @@ def write_levels(out: Path) -> None:
     for folder in (out, *sorted(path.parent for path in out.glob("*/cells.jsonl"))):
         recipes: dict[str, Cells] = {}
         for cell in read_cells(folder).values():
-            if folder != out or cell["recipe"].startswith((OURS, *EARLIER)):
+            if folder != out or cell["recipe"].startswith((OURS, BEFORE)):
                 recipes.setdefault(cell["recipe"], []).append(cell)
         level = "as is" if folder == out else folder.name
         same = {} if level == "wild" else plain  # it is another model
