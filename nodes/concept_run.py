@@ -343,7 +343,8 @@ class TrainingRun:
             self.model.check_prompts(prompts, start)
 
     def record(self, step: Step, seconds: float) -> None:
-        self.seconds = 0.9 * self.seconds + 0.1 * seconds if self.seconds else seconds
+        if step.number > 1:  # before the first, per-image tokens look for their words
+            self.seconds = 0.9 * self.seconds + 0.1 * seconds if self.seconds else seconds
         self.losses.append(step.loss)
         self.note_fixed_loss(step)
 
@@ -379,7 +380,7 @@ class TrainingRun:
             rate=self.config.batch_size * self.config.accumulation / self.seconds if self.seconds else 0.0,
             planned=planned,
             seconds_left=(planned - step.number) * self.seconds if self.seconds and step.progress.agreement else None,
-            trend="rehearsing" if step.number < step.progress.began else "flat" if step.progress.flat else "improving",
+            trend="tokens" if step.number < step.progress.began else "flat" if step.progress.flat else "improving",
             flat=step.progress.flat,
             best=step.best_step,
             losses=thinned(self.losses),

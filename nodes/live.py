@@ -47,7 +47,7 @@ class Record:
     learning_rate: float = 0.0
     rate: float = 0.0  # pictures per second
     seconds_left: float | None = None
-    trend: Literal["rehearsing", "improving", "flat"] = "improving"
+    trend: Literal["tokens", "improving", "flat"] = "improving"
     flat: int = 0  # evaluations in a row without progress
     best: int = 0
     losses: Curve = field(default_factory=list)

@@ -133,5 +133,5 @@ def test_nearest_words_and_gains():
     dog, cat, nothing = known.nearest(rows, 9)
     assert ([word for word, _ in (dog[0], cat[0])], len(dog), nothing) == (["dog", "cat"], 3, [])
     assert dog[0][1] == pytest.approx(1, abs=1e-3)
-    gains = known.first_order_gain(-table[2])
-    assert max(gains, key=lambda word: gains[word]) == "tree"
+    words, gains = known.first_order_gain(-table[[2, 0]])
+    assert [words[best] for best in gains.argmax(1)] == ["tree", "cat"]

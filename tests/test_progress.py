@@ -1,8 +1,8 @@
 """How a run tells whether it learns: agreement of gradients, paired evaluations, what is kept, and when it ends."""
 
-import itertools
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.agreement import Agreement, in_words
 from textual_inversion.dataset import Batch, Dataset, edges, fixed_batches, make_dataset
 from textual_inversion.evaluation import CERTAIN, Difference, Evaluation, fairest, flat, gain
-from textual_inversion.initializer import with_initializer
+from textual_inversion.gradients import Share, compute_gradients
+from textual_inversion.image_tokens import TrainedTokens, new_image_tokens
+from textual_inversion.initializer import ROUNDS, start_at_words, with_initializer
 from textual_inversion.objective import fixed_losses
 from textual_inversion.optimizers import learning_rate
 from textual_inversion.report import (
@@ -109,8 +111,8 @@ def test_progress_is_a_lower_loss_and_a_better_word():
     assert flat(tokens_learn, 0)
     tokens_hand_over = [evaluation(step, 0.8, 1 + step / 200) for step in steps]
     assert flat(tokens_hand_over, 0)
-    rehearsed = [evaluation(100, 0.5, 1.0), evaluation(120, 0.8, 1.0), evaluation(130, 0.55, 1.0)]
-    assert not flat(rehearsed, 100), "at step 100 the embedding began again at the initializer, whose loss was 1"
+    begun = [evaluation(0, 2.0, 2.0), evaluation(100, 1.0, 1.0), evaluation(120, 0.8, 1.0), evaluation(130, 0.55, 1.0)]
+    assert not flat(begun, 100), "the embedding began at step 100, beside tokens that had brought the loss to 1"
 
 
 def test_the_rate_needs_no_number_of_steps_and_follows_the_agreement():
@@ -119,7 +121,7 @@ def test_the_rate_needs_no_number_of_steps_and_follows_the_agreement():
         return [learning_rate_factor(done, began, agreement, config) for done in range(began, began + 50)]
 
     assert factors(60) == factors(3000) == factors(3000, began=20)
-    assert factors(60)[30] == pytest.approx(0.5)  # 1 / sqrt(1 + 30 / 10)
+    assert factors(60)[30] == pytest.approx(0.5**0.5)  # 1 / sqrt(1 + 30 / 30)
     assert factors(60, 1 / 16)[0] == pytest.approx(0.5)
     assert factors(50, schedule="cosine")[25] == pytest.approx(0.5)
     for schedule in ("automatic", "cosine", "constant"):
@@ -179,68 +181,54 @@ def test_vectors_that_are_surely_worse_than_the_initializer_are_not_kept():
     assert step.progress.flat > 0
 
 
-@pytest.mark.parametrize(
-    ("agreement", "shortest", "joins", "began", "batch"),
-    [(0.8, 100, 5, 15, 2), (0.7, 4, 9, 9, 1), (0.1, 4, 15, 15, 2)],
-)
-def test_embedding_is_learned_again_after_a_rehearsal(trainable, monkeypatch, agreement, shortest, joins, began, batch):
-    """From the initializer, beside per-image tokens that know their pictures, and at first stand still.
+@pytest.mark.parametrize(("batch", "shared"), [(1, 1.0), (2, 0.0)])
+def test_per_image_tokens_have_a_head_start(trainable, batch, shared):
+    """The embedding stands still for a quarter of few steps, and everything in the first twentieth.
 
-    The embedding joins the rehearsal when 20 (1 - a) / a gradients came, and it lasts at least as long, but never
-    longer than a quarter of all steps. After it the tokens share updates only where a batch does not show them all.
+    The tokens share updates by the part of the pictures that a batch does not show.
     """
-    monkeypatch.setattr(Agreement, "value", agreement)
-    monkeypatch.setattr(training, "REHEARSAL", shortest)
     _, start = trainable
-    config = TrainConfig(steps=60, evaluate_every=5, batch_size=batch, patience=0)
-    _, embedding, steps = start(config)
-    now, per_image, shared, first = [], [], [], embedding.snapshot().vectors
+    _, embedding, steps = start(TrainConfig(steps=60, evaluate_every=5, batch_size=batch, patience=0))
+    now, per_image, first = [], [], embedding.snapshot().vectors
     for step in steps:
         now.append(step.state.tokens.concept.snapshot().vectors)
         per_image.append(
             torch.cat([vectors for image in step.state.tokens.snapshot().per_image for vectors in image.parameters()])
         )
-        shared.append(step.state.optimizer.param_groups[-1]["shared_update_weight"])
-        if step.number == began:
-            rehearsed = step
+        if step.number:
+            assert step.state.optimizer.param_groups[-1]["shared_update_weight"] == shared
+        if step.number == 15:
             assert all(torch.equal(step.state.ema.concept.vectors[key], first[key]) for key in first)
+            assert (step.progress.evaluated_step, step.best_step) == (15, 15)
+            assert step.state.agreement.steps == 0, "what is known of gradients in the head start"
     at_start = [all(torch.equal(vectors[key], first[key]) for key in first) for vectors in now]
-    # Everything also stands still for the first twentieth.
-    assert [number for number, is_first in enumerate(at_start) if is_first] == sorted({*range(joins + 1), began})
-    stood_still = [torch.equal(before, after) for before, after in itertools.pairwise(per_image)]
-    head_start = range(began + 1, began + math.ceil(began / 5) + 1)
-    assert [step for step, still in enumerate(stood_still, 1) if still] == [1, 2, 3, *head_start]
-    assert shared[1 : began + 1] == [2.0] * began
-    assert set(shared[began + 1 :]) == {2 - batch}
-    assert (step.progress.began, rehearsed.best_step) == (began, began)
+    assert [number for number, is_first in enumerate(at_start) if is_first] == list(range(16))
+    moved = [not torch.equal(before, after) for before, after in pairwise(per_image)]
+    # In the first step they have been put at words.
+    assert [step for step, has in enumerate(moved, 1) if has] == [1, *range(4, 61)]
     assert len(step.state.tokens.per_image) == 2
+    assert [evaluation.step for evaluation in step.progress.evaluations][:2] == [0, 15], "nothing to see in between"
 
 
-@pytest.mark.parametrize(
-    ("kind", "agreement", "edges_at"),
-    [
-        ("object", 0.7, [3, 4, 5, 6, 7, 8]),  # it waits for 20 (1 - a) / a steps
-        ("face", 0.1, list(range(3, 15))),  # for the whole rehearsal
-        ("object", 0.9, []),  # it need not wait
-        ("style", 0.1, []),
-    ],
-)
-def test_tokens_learn_from_edges_while_the_embedding_of_a_thing_waits(
-    trainable, monkeypatch, kind, agreement, edges_at
-):
-    """Where gradients are noisy it waits long, and they would explain the thing itself. A style is everywhere."""
-    monkeypatch.setattr(Agreement, "value", agreement)
-    monkeypatch.setattr(training, "REHEARSAL", 10)
+@pytest.mark.parametrize("kind", ["object", "face", "style"])
+def test_in_the_head_start_tokens_learn_from_what_shows_the_concept_least(trainable, monkeypatch, kind):
+    """From the edges of pictures, or for a style, which is everywhere, from high noise levels. Words likewise."""
     batches, plain = [], training.compute_gradients
 
     def watched(model, share, **options):
-        batches.append(share.batches[0])
+        batches.append((share.number, share.batches))
         return plain(model, share, **options)
 
     monkeypatch.setattr(training, "compute_gradients", watched)
     _, start = trainable
     list(start(TrainConfig(kind=kind, steps=60, patience=0))[2])
-    assert [number for number, batch in enumerate(batches) if batch.masks is not None] == edges_at
+    assert {number for number, _ in batches} == set(range(61))
+    for number, some in batches:
+        without = number == 0 or 3 < number <= 15
+        for batch in some:
+            assert (batch.masks is not None) == (without and kind != "style")
+        quantiles = torch.cat([batch.quantiles for batch in some])
+        assert bool((quantiles >= 0.5).all()) == (without and kind == "style") or len(quantiles) < 8
 
 
 def test_edges_of_pictures_with_masks():
@@ -263,7 +251,42 @@ def masks_of(batch: Batch) -> torch.Tensor:
     return batch.masks
 
 
-def test_there_is_no_rehearsal_where_every_picture_has_a_caption_or_steps_are_few(trainable):
+@pytest.mark.parametrize("finite", [True, False])
+def test_tokens_start_at_words_as_far_as_there_are_gradients(trainable, monkeypatch, finite):
+    """One without rows, or whose gradients are no numbers, stays where it is; nothing else moves."""
+    model, start = trainable
+    config = TrainConfig(per_image_tokens=2)
+    dataset, embedding, _ = start(config)
+    concept = embedding.trainable()
+    images = new_image_tokens(model.vocabularies(), dataset.image_triggers, concept, 2)
+    before = [image.snapshot() for image in (concept, *images)]
+    rows = []
+    for batch in fixed_batches(dataset, config):
+        first = [number for number, prompt in enumerate(batch.prompts) if images[0].trigger in prompt]
+        rows += [edges(batch.rows(first))] if first else []
+    monkeypatch.setattr(Share, "finite", finite)
+    shares = 0
+    for share in start_at_words(model, TrainedTokens(concept, images), rows):
+        compute_gradients(model, share)
+        shares += 1
+    stayed = [same(embedding, old) for embedding, old in zip((concept, *images), before, strict=True)]
+    assert stayed == [True, not finite, True]
+    assert shares == (ROUNDS if finite else 1)
+    assert all(vectors.grad is None for vectors in TrainedTokens(concept, images).parameters())
+    if finite:
+        for key, vocabulary in model.vocabularies().items():
+            ((word, cosine),), again = vocabulary.nearest(images[0].vectors[key].detach(), 1)
+            assert cosine == pytest.approx(1, abs=1e-5)
+            assert again[0][0] == word
+        losses = [fixed_losses(model, [concept, image], rows).mean() for image in (images[0], before[1])]
+        assert losses[0] < losses[1]
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(vectors, other.vectors[key]) for key, vectors in one.vectors.items())
+
+
+def test_there_is_no_head_start_where_every_picture_has_a_caption_or_steps_are_few(trainable):
     _, start = trainable
     for config, captions in ((TrainConfig(steps=100), ["a photo of {}"]), (TrainConfig(steps=3), ())):
         assert next(start(config, captions)[2]).progress.began == 0
@@ -316,7 +339,7 @@ def test_report_tells_chance_from_learning_and_how_it_ended(trainable):
 @pytest.mark.parametrize(
     ("began", "step", "flat", "told"),
     [
-        (99, 9, 0, "ended in the rehearsal"),
+        (99, 9, 0, "ended before the word began to learn"),
         (5, 9, 1, "too early to tell"),
         (5, 99, 0, "more steps would help"),
         (5, 9999, 2, "more would hardly help"),

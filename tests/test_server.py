@@ -409,7 +409,7 @@ def test_stop_before_the_first_step_takes_one(server):
     outputs = server.run(learning_graph(initializer="", seed=41), on_event=stop).history["outputs"]
     (report,) = outputs["train"]["text"]
     assert "1 steps of 2 pictures. Stopped by hand. " in report
-    assert "It ended in the rehearsal" in report
+    assert "It ended before the word began to learn" in report
     assert outputs["save"]["text"]
     assert outputs["plot"]["images"]
 

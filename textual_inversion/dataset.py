@@ -285,6 +285,14 @@ def _shuffled(items: list[int], generator: torch.Generator) -> Iterator[int]:
             yield items[position]
 
 
+def without_concept(batch: Batch, kind: str) -> Batch:
+    """The batch with what a concept of this ``kind`` shows least in: the edges of the pictures, or high noise levels.
+
+    A style is everywhere, but where there is more noise than picture, what is shown counts and not how.
+    """
+    return replace(batch, quantiles=(1 + batch.quantiles) / 2) if kind == "style" else edges(batch)
+
+
 def edges(batch: Batch) -> Batch:
     """The batch with masks that count only an eighth of each picture's width and height on every side.
 

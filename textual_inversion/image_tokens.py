@@ -53,8 +53,8 @@ IMAGE_TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# In the rehearsal each per-image token also takes this many times the mean update of all of them: what
-# all backgrounds have in common is learned before the embedding takes it in (docs/method.md).
+# Of many pictures each per-image token also takes up to this many times the mean update of all of them: what all
+# backgrounds have in common is learned before every picture was seen often (docs/method.md).
 SHARED_UPDATE_WEIGHT = 2.0
 
 

@@ -118,7 +118,7 @@ def how_it_ended(progress: Progress, config: TrainConfig) -> str:
 def more_steps(progress: Progress, config: TrainConfig) -> str:
     """Whether more steps would have helped a run that ended here."""
     if progress.step <= progress.began > 0:
-        return "It ended in the rehearsal, after which the word is learned again: more steps would help."
+        return "It ended before the word began to learn: more steps would help."
     # Where training may end by itself there is enough to tell.
     endless = replace(config, steps=MOST_STEPS, patience=max(1, config.patience))
     if progress.step < earliest_end(progress, endless):

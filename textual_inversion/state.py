@@ -32,7 +32,7 @@ class Progress:
     evaluations: tuple[Evaluation, ...]
     """Of the averaged vectors, the first one before the first step."""
     began: int
-    """The step at which the rehearsal ends and the embedding begins again at the initializer. 0: there is none."""
+    """The step after which the embedding learns: until then only the per-image tokens do. 0: there are none."""
     step: int = 0
     best_step: int = 0
     flat: int = 0
@@ -45,11 +45,6 @@ class Progress:
     @property
     def initial_loss(self) -> float:
         return self.evaluations[0].loss
-
-    @property
-    def round_began(self) -> int:
-        """The step at which the embedding was last put to the initializer's vectors."""
-        return self.began if self.step >= self.began else 0
 
     @property
     def evaluated_step(self) -> int:
@@ -108,12 +103,9 @@ class TrainState:
         evaluations = tuple(Evaluation(**evaluation) for evaluation in saved["evaluations"])
         self.progress = Progress(best=best, evaluations=evaluations, **saved["progress"])
 
-    @torch.no_grad()
-    def restart(self, start: Embedding) -> None:
-        """Puts the concept's vectors back to ``start``, and forgets what their optimizer and averages know."""
-        for key, vectors in self.tokens.concept.vectors.items():
-            vectors.copy_(start.vectors[key])
-            self.ema.concept.vectors[key].copy_(vectors)
+    def begin(self) -> None:
+        """Forgets what is known of the gradients so far and how far they agree: the concept stood still."""
+        for vectors in self.tokens.concept.parameters():
             self.optimizer.state.pop(vectors, None)
         self.agreement = Agreement()
 
@@ -159,7 +151,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
     return torch.load(io.BytesIO(data[begin:]), weights_only=True)
 
 
-RECIPE = 8  # counts changes of training that make an older unfinished run another run
+RECIPE = 9  # counts changes of training that make an older unfinished run another run
 
 
 def saved_settings(config: TrainConfig) -> dict[str, Any]:

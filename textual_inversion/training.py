@@ -1,9 +1,9 @@
 """The training loop of one concept."""
 
+import itertools
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ import torch
 from .adapters.protocol import TrainableModel
 from .agreement import Agreement
 from .config import TrainConfig
-from .dataset import Batch, Dataset, edges, training_batches
+from .dataset import Batch, Dataset, fixed_batches, training_batches, without_concept
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
 from .evaluation import Difference, Evaluator, fairest, flat
 from .gradients import Share, compute_gradients
 from .image_tokens import SHARED_UPDATE_WEIGHT, TrainedTokens, new_image_tokens
+from .initializer import start_at_words
 from .memory import enable_checkpointing_if_needed, out_of_memory_explained
 from .objective import batch_loss
 from .optimizers import OPTIMIZERS, learning_rate, make_optimizer
@@ -25,23 +26,22 @@ from .prompts import has_trigger
 from .state import Progress, TrainState
 
 # The default schedule, in steps and shares (docs/method.md).
-DECAY_STEPS = 10  # the rate falls as 1 / sqrt(1 + steps / DECAY_STEPS)
+DECAY_STEPS = 30  # the rate falls as 1 / sqrt(1 + steps / DECAY_STEPS)
 AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agreement
-# Beside per-image tokens the embedding is learned twice: first in a rehearsal, in which those learn what each picture
-# shows, and then from the initializer again, since until they knew it the embedding took it in. It gets a head start:
-# all tokens together would otherwise explain the thing before the embedding does.
-REHEARSAL = 100  # steps at least
-REHEARSAL_SHARE = 1 / 4  # of all steps, where they are few
-HEAD_START = 1 / 5  # of the rehearsal, in which the per-image tokens stand still after it
+# The embedding would take in what the per-image tokens have yet to learn. So these start at words, and at first learn
+# alone, from what shows the concept least; beside the embedding they go on.
+HEAD_START = 40  # steps
+HEAD_START_SHARE = 1 / 4  # of all steps, where they are few
+IMAGE_TOKEN_RATE = 0.3  # of the learning rate
+WORD_BLOCKS = range(8, 10)  # of fixed batches, about 16 rows each: those that no evaluation has
 AVERAGED_SHARE = 1 / 3  # of the run, its end
 
 # Everything stands still for the first steps, in which it is measured how far gradients agree.
 MEASURED_STEPS = 10
 MEASURED_SHARE = 1 / 20  # of all steps, where they are few
 
-# What gradients agree on comes to several times their noise in the mean of n of them, which has
-# n x agreement / (1 - agreement) times as much of it, in squares. The embedding joins the rehearsal then, and neither
-# that nor training may end by itself before.
+# Training may not end by itself before this many steps, divided by the agreement: what n gradients agree on has
+# n x agreement / (1 - agreement) times as much of their mean as noise, in squares.
 SIGNAL_TO_NOISE = 20
 MOST_STEPS_WITHOUT_GAIN = 1000
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
@@ -171,13 +171,18 @@ def learn(
             next(batches)
     fixed_loss = _evaluate_if_due(state, evaluator, config) if state.progress.step else state.progress.initial_loss
     stop = yield Step(state.progress, 0.0, fixed_loss, state)
+    if not (state.progress.step or stop) and state.progress.began:
+        fixed = itertools.chain(*(fixed_batches(dataset, config, block=number) for number in WORD_BLOCKS))
+        rows = [without_concept(batch, config.kind) for batch in fixed]
+        yield from start_at_words(model, tokens, rows, processes)
+        state.ema = replace(tokens.snapshot(), concept=state.ema.concept)
 
     share, unusable = Share(tokens), 0
     while not stop and state.progress.step < config.steps and not finished(state.progress, config):
         number = share.number = state.progress.step + 1
-        share.batches = list(islice(batches, config.accumulation))
-        if _tokens_are_alone(state.progress, config) and config.kind != "style":
-            share.batches = [edges(batch) for batch in share.batches]
+        share.batches = list(itertools.islice(batches, config.accumulation))
+        if _measured_steps(config) < number <= state.progress.began:
+            share.batches = [without_concept(batch, config.kind) for batch in share.batches]
         loss = yield share
         assert isinstance(loss, float)
         if not (math.isfinite(loss) and share.finite):
@@ -222,7 +227,8 @@ def still_improving(progress: Progress, config: TrainConfig) -> bool:
 def earliest_end(progress: Progress, config: TrainConfig) -> int:
     """The step after which training may end by itself, as far as it is known now: later while it is improving.
 
-    Not before twice as many steps as the rehearsal had, nor before 1000 while the gain cannot be told from chance.
+    Not before twice as many steps as the head start of the per-image tokens had, nor before 1000 while the gain cannot
+    be told from chance.
     """
     if config.patience == 0:
         return config.steps
@@ -248,36 +254,35 @@ def _initial_state(
             "The loss is not a number before the first step: this model or VAE overflows in its "
             "precision. Try a bf16 or fp32 model, or a VAE that works in fp16."
         )
-    began = _rehearsal(config) if tokens.per_image else 0
+    began = int(min(HEAD_START, config.steps * HEAD_START_SHARE)) if tokens.per_image else 0
     progress = Progress(first.loss, ema.concept.snapshot(), (first,), began)
     return TrainState(tokens, optimizer, ema, Agreement(), progress)
 
 
 def _evaluate_if_due(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> float | None:
-    step = state.progress.step
+    step, began = state.progress.step, state.progress.began
     apart = step - state.progress.evaluated_step
-    due = apart >= evaluator.steps_apart(step) or step in (state.progress.began, config.steps)
-    return _evaluate(state, evaluator, config) if apart and due else None
+    due = step > began and apart >= evaluator.steps_apart(step)
+    return _evaluate(state, evaluator, config) if apart and (due or step in (began, config.steps)) else None
 
 
 def _evaluate(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> float:
-    """The fixed loss of the averaged vectors. Decides what is kept, and ends the rehearsal."""
+    """The fixed loss of the averaged vectors. Decides what is kept, and ends the head start of the per-image tokens."""
     progress, ema = state.progress, state.ema
     last = evaluator.evaluate(progress.step, ema, progress.evaluations)
     progress = replace(progress, evaluations=(*progress.evaluations, last))
     # A running mean gets better with every step, so the latest one is kept unless it is surely worse than the
     # one before, or than the initializer.
-    before, rehearsed = progress.best_evaluation, progress.step > progress.began
-    same_round = before.step > progress.began or not rehearsed
-    worse = same_round and Difference.of(last.learned, before.learned).certain
+    before, learning = progress.best_evaluation, progress.step > progress.began
+    worse = Difference.of(last.learned, before.learned).certain
     useless = Difference.of(last.learned, fairest(progress.evaluations).initial).certain
     if not (worse or useless):
         progress = replace(progress, best=ema.concept.snapshot(), best_step=last.step)
-    if rehearsed:
+    if learning:
         is_flat = worse or flat(progress.evaluations, progress.began)
         progress = replace(progress, flat=progress.flat + 1 if is_flat else 0)
     elif progress.step == progress.began:
-        state.restart(evaluator.initial)
+        state.begin()
     state.progress = progress
     return last.loss
 
@@ -297,8 +302,6 @@ def _measure_agreement(state: TrainState, config: TrainConfig) -> None:
     state.agreement.add([vectors.grad for vectors in concept.parameters() if vectors.grad is not None])
     if state.progress.step < MEASURED_STEPS:
         state.progress = replace(state.progress, agreement=state.agreement.value)
-        if state.tokens.per_image and _measured_steps(config):
-            state.progress = replace(state.progress, began=_rehearsal(config, state.agreement.value))
 
 
 def _measured_steps(config: TrainConfig) -> int:
@@ -306,59 +309,27 @@ def _measured_steps(config: TrainConfig) -> int:
     return int(min(MEASURED_STEPS, config.steps * MEASURED_SHARE)) if config.schedule == "automatic" else 0
 
 
-def _clear_steps(agreement: float) -> int:
-    """How many gradients it takes until what they agree on outweighs their noise."""
-    agreement = max(agreement, LEAST_AGREEMENT)
-    return math.ceil(SIGNAL_TO_NOISE * (1 - agreement) / agreement)
-
-
-def _rehearsal(config: TrainConfig, agreement: float = 1.0) -> int:
-    """Steps of the rehearsal: more where gradients are noisy."""
-    return int(min(max(REHEARSAL, _clear_steps(agreement)), config.steps * REHEARSAL_SHARE))
-
-
-def _joins(progress: Progress, config: TrainConfig) -> int:
-    """The step of the rehearsal in which the embedding begins to learn beside the per-image tokens.
-
-    The noisier the gradients, the later: until the tokens know the backgrounds, it would take them in.
-    """
-    still = _measured_steps(config)
-    return max(still, min(_clear_steps(progress.agreement), progress.began)) if still else 0
-
-
-def _tokens_are_alone(progress: Progress, config: TrainConfig) -> bool:
-    """Whether the per-image tokens learn in the next step while the embedding waits to join them.
-
-    They could explain the thing then, so only the edges of its pictures count. A style is everywhere.
-    """
-    return _measured_steps(config) <= progress.step < _joins(progress, config)
-
-
 def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: TrainConfig) -> float:
     """Sets the learning rates of the next step and returns the embedding's."""
     agreement, highest = max(state.agreement.value, LEAST_AGREEMENT), learning_rate(config)
-    done, rehearsal, still = state.progress.step, state.progress.began, _measured_steps(config)
-    began = _joins(state.progress, config) if done < rehearsal else max(rehearsal, still)
-    head_start = rehearsal <= done < rehearsal * (1 + HEAD_START)
+    done, still = state.progress.step, _measured_steps(config)
+    begins = max(still, state.progress.began)
     concept, *per_image = optimizer.param_groups
-    concept["lr"] = highest * learning_rate_factor(done, began, agreement, config) if done >= began else 0.0
+    concept["lr"] = highest * learning_rate_factor(done, begins, agreement, config) if done >= begins else 0.0
     concept["agreement"] = agreement
-    # After the rehearsal the tokens know what all backgrounds have in common. From then on, moving together they would
-    # only take over what the embedding has learned; but where a batch shows few of many pictures, the tokens of the
-    # others must follow.
+    # Where a batch shows few of many pictures, the tokens of the others follow those that it shows.
     pictures, shown = max(1, len(state.tokens.per_image)), config.batch_size * config.accumulation
-    shared = SHARED_UPDATE_WEIGHT * (1.0 if done < rehearsal else max(0.0, 1 - shown / pictures))
     for group in per_image:
-        moves = done >= still and not head_start
-        group["lr"] = highest * learning_rate_factor(done, still, 1.0, config) if moves else 0.0
-        group["shared_update_weight"] = shared
+        factor = IMAGE_TOKEN_RATE * learning_rate_factor(done, still, 1.0, config)
+        group["lr"] = highest * factor if done >= still else 0.0
+        group["shared_update_weight"] = SHARED_UPDATE_WEIGHT * max(0.0, 1 - shown / pictures)
     return concept["lr"]
 
 
 def _update_averages(state: TrainState, number: int, config: TrainConfig) -> None:
     """Moves every running mean; the embedding's begins where the embedding does."""
     keeps_length = OPTIMIZERS[config.optimizer].keeps_length
-    parts = ((state.ema.concept, state.tokens.concept, number - state.progress.round_began),)
+    parts = ((state.ema.concept, state.tokens.concept, max(1, number - state.progress.began)),)
     parts += tuple((mean, now, number) for mean, now in zip(state.ema.per_image, state.tokens.per_image, strict=True))
     for mean, now, steps in parts:
         weight = max(1 - config.averaging, 1 / (1 + AVERAGED_SHARE * (steps - 1)))

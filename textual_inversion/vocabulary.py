@@ -56,14 +56,14 @@ class Vocabulary:
         """The length of each whole word's vector, (words,)."""
         return self._rows(list(self.words())).norm(dim=1)
 
-    def first_order_gain(self, gradient: Tensor) -> dict[str, float]:
-        """First-order estimate of how far a loss falls from here to each word, up to a constant.
+    def first_order_gain(self, gradients: Tensor) -> tuple[list[str], Tensor]:
+        """The whole words, and first-order estimates of how far losses fall from here to each: (losses, words).
 
-        ``gradient`` (width,) is that of the loss.
+        Up to a constant for each loss, of which ``gradients`` (losses, width) are. All at once, as in ``nearest``.
         """
         words = self.words()
         table = self._rows(list(words))
-        return dict(zip(words.values(), (-table @ gradient.to(table)).tolist(), strict=True))
+        return list(words.values()), -gradients.to(table) @ table.T
 
     def _rows(self, numbers: list[int]) -> Tensor:
         return self.vectors[torch.tensor(numbers, device=self.vectors.device)].float()
