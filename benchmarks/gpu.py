@@ -374,8 +374,8 @@ def on_a_server(checkpoint: Path, flags: tuple[str, ...], side: int) -> dict[str
 
         def interrupt(event: dict[str, Any]) -> None:
             data = event["data"]
-            # Of training: the search for a word and previews count to less than twice that.
-            if event["type"] == "progress" and data["value"] == interrupted_at and data["max"] > 2 * interrupted_at:
+            # Of training: the search for a word and previews count to less than twice that. Not every step is told.
+            if event["type"] == "progress" and data["value"] >= interrupted_at and data["max"] > 2 * interrupted_at:
                 comfyui.interrupt()
 
         comfyui.run(graph, on_event=interrupt, check=False)
