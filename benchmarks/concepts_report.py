@@ -55,8 +55,7 @@ LEVELS = """# As hard as real models may be
 The demo model at several levels of difficulty (`benchmarks/levels.py`), one folder each. Held-out losses are always the
 plain model's. *Agreement* and *noise scale* (in pictures) are medians at the start; *a word explains*: the gain of ours
 as a share of the loss in training, beside the per-image tokens. *Kept*: mean identity as a share of the same recipe's
-on the same concepts and seeds of the plain model. *Before*: ours before the per-image tokens learned only from edges
-while the embedding waits, which changes noisy runs. The rows of *as is* and *wild* were measured before that too.
+on the same concepts and seeds of the plain model. *Before*: ours before the per-image tokens started at words.
 *Wild* is the other demo model (`--wild`).
 
 | level | recipe | cells | agreement | noise scale | a word explains | identity | worst | kept | pictures | at most |

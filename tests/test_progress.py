@@ -13,7 +13,7 @@ from textual_inversion import TrainConfig, initial_embedding, train, training
 from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.agreement import Agreement, in_words
 from textual_inversion.dataset import Batch, Dataset, edges, fixed_batches, make_dataset
-from textual_inversion.evaluation import CERTAIN, Difference, Evaluation, fairest, flat, gain
+from textual_inversion.evaluation import CERTAIN, Difference, Evaluation, fairest, flat, gain, handing_over
 from textual_inversion.gradients import Share, compute_gradients
 from textual_inversion.image_tokens import TrainedTokens, new_image_tokens
 from textual_inversion.initializer import ROUNDS, start_at_words, with_initializer
@@ -109,8 +109,8 @@ def test_progress_is_a_lower_loss_and_a_better_word():
     assert flat([evaluation(step, 1 - min(step, 40) / 200) for step in steps], 0)
     tokens_learn = [evaluation(step, 0.8 - step / 200, 1 - step / 200) for step in steps]
     assert flat(tokens_learn, 0)
-    tokens_hand_over = [evaluation(step, 0.8, 1 + step / 200) for step in steps]
-    assert flat(tokens_hand_over, 0)
+    assert not handing_over(improving, 0)
+    assert handing_over([evaluation(step, 1 - step / 200, 1 + step / 200) for step in steps], 0)
     begun = [evaluation(0, 2.0, 2.0), evaluation(100, 1.0, 1.0), evaluation(120, 0.8, 1.0), evaluation(130, 0.55, 1.0)]
     assert not flat(begun, 100), "the embedding began at step 100, beside tokens that had brought the loss to 1"
 

@@ -78,23 +78,32 @@ def gain(evaluations: Sequence[Evaluation], at: Evaluation) -> Difference:
     return Difference.of(fairest(evaluations).initial, at.learned)
 
 
+def handing_over(evaluations: Sequence[Evaluation], began: int) -> bool:
+    """Whether the initializer got surely worse since the middle of the run, beside the per-image tokens of now.
+
+    Then they leave to the embedding what they had learned, such as a background.
+    """
+    return Difference.of(evaluations[-1].initial, _middle(evaluations, began).initial).certain
+
+
 def flat(evaluations: Sequence[Evaluation], began: int) -> bool:
     """Whether the second half of the run since step ``began`` added little to what the embedding is worth.
 
     Progress is a lower loss, and a larger distance to the initializer beside the same per-image tokens. With only
-    the first the tokens learn, not the embedding. And where the initializer gets worse beside them, they hand over
-    to the embedding what they had learned, such as a background.
+    the first the tokens learn, not the embedding.
     """
-    last = evaluations[-1]
-    middle = began + (last.step - began) / 2
-    half = max((e for e in evaluations if e.step <= middle), key=lambda e: e.step)
+    last, half = evaluations[-1], _middle(evaluations, began)
     learned = half.learned if half.step > began else half.initial  # with which it began
     rows = len(learned)
     lower = Difference.of(learned, last.learned).mean
     apart = Difference.of(last.initial[:rows] - last.learned[:rows], half.initial - learned).mean
-    handing_over = Difference.of(last.initial, half.initial).certain
-    enough = max(FLAT * gain(evaluations, last).mean, NEGLIGIBLE * last.loss)
-    return handing_over or min(lower, apart) < enough
+    return min(lower, apart) < max(FLAT * gain(evaluations, last).mean, NEGLIGIBLE * last.loss)
+
+
+def _middle(evaluations: Sequence[Evaluation], began: int) -> Evaluation:
+    """The last evaluation of the first half of the run since step ``began``."""
+    middle = began + (evaluations[-1].step - began) / 2
+    return max((evaluation for evaluation in evaluations if evaluation.step <= middle), key=lambda e: e.step)
 
 
 class Evaluator:

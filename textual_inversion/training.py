@@ -14,7 +14,7 @@ from .config import TrainConfig
 from .dataset import Batch, Dataset, fixed_batches, training_batches, without_concept
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
-from .evaluation import Difference, Evaluator, fairest, flat
+from .evaluation import Difference, Evaluator, fairest, flat, handing_over
 from .gradients import Share, compute_gradients
 from .image_tokens import SHARED_UPDATE_WEIGHT, TrainedTokens, new_image_tokens
 from .initializer import start_at_words
@@ -272,9 +272,10 @@ def _evaluate(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> f
     last = evaluator.evaluate(progress.step, ema, progress.evaluations)
     progress = replace(progress, evaluations=(*progress.evaluations, last))
     # A running mean gets better with every step, so the latest one is kept unless it is surely worse than the
-    # one before, or than the initializer.
-    before, learning = progress.best_evaluation, progress.step > progress.began
-    worse = Difference.of(last.learned, before.learned).certain
+    # one before or than the initializer, or has taken in what the per-image tokens knew.
+    learning = progress.step > progress.began
+    worse = Difference.of(last.learned, progress.best_evaluation.learned).certain
+    worse = worse or (learning and handing_over(progress.evaluations, progress.began))
     useless = Difference.of(last.learned, fairest(progress.evaluations).initial).certain
     if not (worse or useless):
         progress = replace(progress, best=ema.concept.snapshot(), best_step=last.step)
