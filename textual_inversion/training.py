@@ -42,7 +42,7 @@ MEASURED_SHARE = 1 / 20  # of all steps, where they are few
 
 # Training may not end by itself before this many steps, divided by the agreement: what n gradients agree on has
 # n x agreement / (1 - agreement) times as much of their mean as noise, in squares.
-SIGNAL_TO_NOISE = 20
+SIGNAL_TO_NOISE = 60
 MOST_STEPS_WITHOUT_GAIN = 1000
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
 
@@ -171,7 +171,8 @@ def learn(
             next(batches)
     fixed_loss = _evaluate_if_due(state, evaluator, config) if state.progress.step else state.progress.initial_loss
     stop = yield Step(state.progress, 0.0, fixed_loss, state)
-    if not (state.progress.step or stop) and state.progress.began:
+    # A run so short that its head start is cut would be over before the words are found.
+    if not (state.progress.step or stop) and state.progress.began == HEAD_START:
         fixed = itertools.chain(*(fixed_batches(dataset, config, block=number) for number in WORD_BLOCKS))
         rows = [without_concept(batch, config.kind) for batch in fixed]
         yield from start_at_words(model, tokens, rows, processes)
