@@ -46,7 +46,7 @@ def test_pictures_without_captions_need_image_tokens(bench, name, share):
     concept, losses = Concept.read(name), {}
     for per_image_tokens in (0, 1):
         config = TrainConfig(
-            initializer=concept.initializer, kind=concept.kind, steps=80, per_image_tokens=per_image_tokens, patience=0
+            initializer=concept.initializer, kind=concept.kind, steps=160, per_image_tokens=per_image_tokens, patience=0
         )
         training = bench.dataset(concept, "train", config, with_captions=False)
         heldout = bench.dataset(concept, "heldout", config)

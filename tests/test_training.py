@@ -37,7 +37,8 @@ def learn(graph, images, config, captions=(), masks=(), on_step=lambda step: Non
 
 
 def test_learns(graph, pictures):
-    steps, _ = learn(graph, pictures(1), TrainConfig(steps=20, evaluate_every=5, batch_size=2, patience=0))
+    config = TrainConfig(steps=20, evaluate_every=5, batch_size=2, patience=0, per_image_tokens=0)
+    steps, _ = learn(graph, pictures(1), config)
     assert [step.number for step in steps] == list(range(21))
     assert steps[0].fixed_loss is not None
     assert steps[-1].best_loss < steps[0].fixed_loss
