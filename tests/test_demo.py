@@ -59,7 +59,7 @@ def test_pictures_without_captions_need_image_tokens(bench, name, share):
 
 
 def test_word_does_not_take_in_what_all_backgrounds_share(bench):
-    """Without shared updates this seed learns the backgrounds, and explains less than the initializer."""
+    """With all tokens learning at the same time this seed once explained less than the initializer."""
     concept = Concept.read("star")
     config = TrainConfig(initializer=concept.initializer, seed=2, steps=60, patience=0)
     training = bench.dataset(concept, "train", config, with_captions=False)
