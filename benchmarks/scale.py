@@ -38,6 +38,7 @@ from textual_inversion.adapters.diffusers_pipeline import DiffusersModel
 from textual_inversion.concept_folders import load_concepts
 from textual_inversion.dataset import Dataset, fixed_batches
 from textual_inversion.embedding import Embedding
+from textual_inversion.initializer import unseen
 from textual_inversion.library import Concept, by_concept, learn_together
 from textual_inversion.objective import mean_loss
 from textual_inversion.processes import ALONE, Processes, joined, leave
@@ -61,6 +62,8 @@ class Run:
     model: DiffusersModel
     config: TrainConfig
     saved: dict[str, Any] | None = None
+
+    searching = staticmethod(unseen)
 
     def begin(self, resume: bool) -> tuple[Embedding, TrainConfig]:
         vocabularies, config = self.model.vocabularies(), self.config

@@ -60,6 +60,10 @@ class Run:
 
     saved = None
 
+    @staticmethod
+    def searching(done: int, total: int) -> None:
+        pass
+
     def __init__(self, model: Any, concept: Any, config: Any) -> None:
         self.model, self.concept, self.config = model, concept, config
         self.dataset = concept.dataset(model, config)

@@ -190,6 +190,8 @@ class TrainingRun:
     """Why it ends before the loop does."""
     taken: float = 0.0
     """Seconds since it began."""
+    begun: str = ""
+    """Where it began, unless at the initializer as usual."""
 
     def __post_init__(self) -> None:
         self.config, self.notes = self.request.config, Notes(self.live)
@@ -315,19 +317,29 @@ class TrainingRun:
 
     def begin_curves(self, first: Step) -> None:
         """Takes over the curves of a saved run, and tells where training starts."""
-        message, saved = "", self.unfinished
+        saved = self.unfinished
         if saved and first.number:
             self.losses = [*saved["losses"], first.loss][: first.number + 1]
             self.fixed = [(number, loss) for number, loss in saved["fixed"]]
             self.note_fixed_loss(first)  # where the saved run was interrupted before its evaluation
-            message = f"Resumed the unfinished run at step {first.number}."
+            self.begun = f"Resumed the unfinished run at step {first.number}."
         else:
             self.losses, self.fixed = [first.loss], [(0, first.loss)]
             if saved or self.state_file.has_others:
                 changed = "the model" if saved else "settings, pictures, the model or the node pack"
                 kept = "" if saved else ", which is kept"
-                message = f"Started over: {changed} changed since the unfinished run{kept}."
-        self.live.tell("learning", message=" ".join([*self.notes.texts, message]).strip(), steps=self.config.steps)
+                self.begun = f"Started over: {changed} changed since the unfinished run{kept}."
+        self.live.tell("learning", message=self.message(), steps=self.config.steps)
+
+    def message(self, now: str = "") -> str:
+        """What the panel says in words: everything notable of the run, and what it does ``now``."""
+        return " ".join(filter(None, [*self.notes.texts, self.begun, now]))
+
+    def searching(self, done: int, total: int) -> None:
+        """Shows in the panel how far the search for words of the per-image tokens is."""
+        now = f"Looking for words for what else the pictures show: {done / total:.0%}." if done < total else ""
+        self.live.tell("learning", message=self.message(now))
+        self.show_progress()
 
     def check_preview(self, start: Embedding) -> None:
         """Says now what would be wrong with every preview."""

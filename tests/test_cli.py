@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,8 +107,16 @@ def test_a_signal_keeps_what_was_learned_until_then(model, tmp_path, number):
     assert "Traceback" not in error
 
 
-def test_a_signal_before_training_ends_the_program(model, tmp_path):
-    code, out, error = disturbed(model, tmp_path, b"looking for a word", lambda p: p.send_signal(signal.SIGINT))
+@pytest.mark.parametrize(
+    ("until", "options"), [(b"looking for a word", ()), (b"looking for words", ("--init", "heart"))]
+)
+def test_a_signal_before_training_ends_the_program(model, tmp_path, tmp_path_factory, until, options):
+    """While it looks for the initializer, or for words of the pictures without captions."""
+    pictures = tmp_path_factory.mktemp("pictures")
+    for picture in PICTURES.glob("*.png"):
+        shutil.copy(picture, pictures)
+    options = [*options, "--images", str(pictures)]
+    code, out, error = disturbed(model, tmp_path, until, lambda p: p.send_signal(signal.SIGINT), *options)
     assert (code, out) == (130, "")
     assert "Interrupted." in error
     assert "Traceback" not in error

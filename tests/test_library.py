@@ -16,6 +16,7 @@ from textual_inversion.concept_folders import load_concepts
 from textual_inversion.dataset import Dataset, fixed_batches
 from textual_inversion.embedding import Embedding
 from textual_inversion.gradients import Share, compute_gradients
+from textual_inversion.initializer import unseen
 from textual_inversion.library import (
     Concept,
     by_concept,
@@ -46,6 +47,8 @@ class Run:
     config: TrainConfig
     saved: dict[str, Any] | None = None
     broken: bool = False
+
+    searching = staticmethod(unseen)
 
     def begin(self, resume: bool) -> tuple[Embedding, TrainConfig]:
         if self.broken:

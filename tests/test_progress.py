@@ -265,10 +265,13 @@ def test_tokens_start_at_words_as_far_as_there_are_gradients(trainable, monkeypa
         first = [number for number, prompt in enumerate(batch.prompts) if images[0].trigger in prompt]
         rows += [edges(batch.rows(first))] if first else []
     monkeypatch.setattr(Share, "finite", finite)
-    shares = 0
-    for share in start_at_words(model, TrainedTokens(concept, images), rows):
+    shares, told = 0, []
+    for share in start_at_words(model, TrainedTokens(concept, images), rows, lambda *progress: told.append(progress)):
         compute_gradients(model, share)
         shares += 1
+    done, totals = zip(*told, strict=True)
+    assert list(done) == sorted(set(done)), "it only goes forward"
+    assert (done[0], {done[-1]}) == (0, set(totals))
     stayed = [same(embedding, old) for embedding, old in zip((concept, *images), before, strict=True)]
     assert stayed == [True, not finite, True]
     assert shares == (ROUNDS if finite else 1)

@@ -414,20 +414,30 @@ def test_stop_before_the_first_step_takes_one(server):
     assert outputs["plot"]["images"]
 
 
-def test_the_search_for_an_initializer_is_shown_and_cancelled_at_once(server):
+@pytest.mark.parametrize(
+    ("state", "settings", "told"),
+    [
+        ("searching", {"initializer": ""}, "Looking for a word to start from: "),
+        ("learning", {"steps": 200}, "Looking for words for what else the pictures show: "),
+    ],
+)
+def test_searches_for_words_are_shown_and_cancelled_at_once(server, state, settings, told):
+    """Of the embedding's initializer, and of where per-image tokens start."""
     shown = []
 
     def cancel(event):
         data = event["data"]
-        if event["type"] == "textual_inversion.run" and data["state"] == "searching" and "%" in data["message"]:
-            shown.append(data["message"])
+        if event["type"] == EVENT and data["state"] == state and "%" in data["message"]:
+            shown.append((data["message"], data["step"]))
             server.interrupt()
 
-    run = server.run(learning_graph(initializer="", seed=42), on_event=cancel, check=False)
+    before = embeddings(server)
+    run = server.run(learning_graph(seed=42, **settings), on_event=cancel, check=False)
     assert "execution_interrupted" in [event["type"] for event in run.events]
-    assert shown[0].startswith("Looking for a word to start from: ")
-    states = [event["data"]["state"] for event in run.events if event["type"] == "textual_inversion.run"]
-    assert "learning" not in states
+    assert shown[0][0].startswith(told)
+    last = [event["data"] for event in run.events if event["type"] == EVENT][-1]
+    assert (last["state"], last["step"]) == ("cancelled", 0)
+    assert embeddings(server) == before
 
 
 def test_error_in_the_middle(server):

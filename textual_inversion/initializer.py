@@ -7,6 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .adapters.protocol import TrainableModel
 from .config import TrainConfig
@@ -26,25 +27,55 @@ FEW_CANDIDATES = 4
 ROUNDS = 4
 
 
-Progress = Callable[[int, int], None]  # what is done, and of how much
+SearchProgress = Callable[[int, int], None]  # what is done, and of how much; it may raise to end a search
+
+
+class Passes:
+    """Passes through the model of one search, for its ``progress``. A gradient takes three, counted as one."""
+
+    def __init__(self, model: TrainableModel, total: int, progress: SearchProgress, processes: Processes) -> None:
+        self.model, self.total, self.progress, self.processes = model, total, progress, processes
+        self.done = -1
+        self.add()
+
+    def add(self, passes: int = 1) -> None:
+        self.done += passes
+        self.progress(self.done, self.total)
+
+    def end(self) -> None:
+        """It may end before all of them."""
+        if self.done < self.total:
+            self.add(self.total - self.done)
+
+    def losses(self, embeddings: Sequence[Embedding], batches: Sequence[Batch]) -> Tensor:
+        """The loss of each row."""
+        rows = []
+        for batch in batches:
+            with out_of_memory_explained(0):
+                rows.append(fixed_losses(self.model, embeddings, [batch], self.processes))
+            self.add()
+        return torch.cat(rows)
+
+
+def unseen(done: int, total: int) -> None:
+    """The ``SearchProgress`` of a search that nobody follows."""
 
 
 def with_initializer(
     model: TrainableModel,
     dataset: Dataset,
     config: TrainConfig,
-    progress: Progress | None = None,
+    progress: SearchProgress = unseen,
     beside: Sequence[str] = (),
     processes: Processes = ALONE,
 ) -> TrainConfig:
     """``config``, with the best word of the vocabulary where it names no initializer.
 
-    ``progress`` is called before the search and after each of its passes, and may raise to end it. ``beside`` are
-    trigger words of other concepts that the captions name.
+    ``progress`` is called before the search and after each of its passes. ``beside`` are trigger words of other
+    concepts that the captions name.
     """
     if config.initializer:
         return config
-    progress = progress or (lambda done, total: None)
     return replace(config, initializer=best_word(model, dataset, config, progress, beside, processes))
 
 
@@ -52,7 +83,7 @@ def best_word(
     model: TrainableModel,
     dataset: Dataset,
     config: TrainConfig,
-    progress: Progress,
+    progress: SearchProgress,
     beside: Sequence[str] = (),
     processes: Processes = ALONE,
 ) -> str:
@@ -71,27 +102,25 @@ def best_word(
     batches = fixed_batches(dataset, config, DRAWS_PER_PICTURE if few else 0)
     others = [neutral.renamed(trigger).snapshot() for trigger in beside]
     tokens = TrainedTokens(neutral, image_tokens, tuple(others))
-    # A gradient takes about as long as three passes, which are counted as one here.
-    done, total = 0, (1 + CANDIDATES) * len(batches)
-    progress(done, total)
+    passes = Passes(model, (1 + CANDIDATES) * len(batches), progress, processes)
     with out_of_memory_explained(0):
         enable_checkpointing_if_needed(model, tokens.embeddings, batches, config.batch_size)
         compute_gradients(model, Share(tokens, batches), processes=processes)
-    progress(done := len(batches), total)
+    passes.add(len(batches))
     (candidates,) = likely_words(vocabularies, [neutral], CANDIDATES)
     losses: dict[str, float] = {}
     for word in candidates:
-        start, rows = initial_embedding(vocabularies, config.trigger, word, 1), []
-        for batch in batches:
-            with out_of_memory_explained(0):
-                rows.append(fixed_losses(model, [start, *image_tokens, *others], [batch], processes))
-            progress(done := done + 1, total)
-        losses[word] = torch.cat(rows).mean().item()
+        start = initial_embedding(vocabularies, config.trigger, word, 1)
+        losses[word] = passes.losses([start, *image_tokens, *others], batches).mean().item()
     return min(losses, key=lambda word: losses[word], default="")  # none without a gradient, which train() explains
 
 
 def start_at_words(
-    model: TrainableModel, tokens: TrainedTokens, batches: Sequence[Batch], processes: Processes = ALONE
+    model: TrainableModel,
+    tokens: TrainedTokens,
+    batches: Sequence[Batch],
+    progress: SearchProgress = unseen,
+    processes: Processes = ALONE,
 ) -> Generator[Share, Any, None]:
     """Puts each per-image token at the whole word of the vocabulary that explains its rows of ``batches`` best.
 
@@ -99,21 +128,23 @@ def start_at_words(
     of the vocabulary, then at the best word so far. The best 4 of each are tried. A token stays where it is if no
     word is better, it has no rows, or gradients are not numbers.
 
-    Yields a ``Share`` where it needs gradients, as ``training.learn`` does.
+    Yields a ``Share`` where it needs gradients, as ``training.learn`` does. ``progress`` is called before the search
+    and after each of its passes.
     """
     vocabularies, images = model.vocabularies(), tokens.per_image
     prompts = [prompt for batch in batches for prompt in batch.prompts]
     rows = [[row for row, prompt in enumerate(prompts) if image.trigger in prompt] for image in images]
+    passes = Passes(model, (1 + ROUNDS * (1 + FEW_CANDIDATES)) * len(batches), progress, processes)
 
     def losses() -> list[float]:
-        with out_of_memory_explained(0):
-            of_rows = fixed_losses(model, tokens.embeddings, batches, processes)
+        of_rows = passes.losses(tokens.embeddings, batches)
         return [of_rows[numbers].mean().item() for numbers in rows]  # NaN without rows
 
     best, least, share = [image.snapshot() for image in images], losses(), Share(tokens, batches)
     tried: list[set[str]] = [set() for _ in images]
     for _ in range(ROUNDS):
         yield share
+        passes.add(len(batches))
         if not share.finite:
             break
         likely = likely_words(vocabularies, images, FEW_CANDIDATES, tried)
@@ -128,6 +159,7 @@ def start_at_words(
             known.update(words)
         for image, word in zip(images, best, strict=True):
             _move(image, word)
+    passes.end()
     for vectors in tokens.parameters():
         vectors.grad = None
 

@@ -18,6 +18,7 @@ from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped, UserError
 from .formats import file_name
 from .gradients import Share, compute_gradients
+from .initializer import SearchProgress
 from .memory import out_of_memory_explained, step_bytes
 from .processes import ALONE, Processes
 from .prompts import caption_prompt, check_trigger, has_trigger
@@ -153,6 +154,11 @@ class ConceptRun(Protocol):
 
         ``resume``: it is that of the ``saved`` run.
         """
+        ...
+
+    @property
+    def searching(self) -> SearchProgress:
+        """Told how far the search for words of the per-image tokens is."""
         ...
 
 
@@ -291,7 +297,9 @@ def _learner(
 
     def learner(saved: dict[str, Any] | None) -> Learner:
         embedding = start.embedding.trainable()
-        return learn(model, embedding, run.dataset, start.config, saved, start.average, beside, processes)
+        return learn(
+            model, embedding, run.dataset, start.config, saved, start.average, beside, run.searching, processes
+        )
 
     learning = learner(run.saved)
     first = next_of(learning, None)

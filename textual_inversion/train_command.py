@@ -163,6 +163,7 @@ class Word:
     dataset: Dataset
     config: TrainConfig
     search: Callable[["Word"], TrainConfig]
+    searching: Callable[[int, int], None]
     model: TrainableModel
     saved: dict[str, Any] | None = None
     start: Embedding | None = None
@@ -257,7 +258,7 @@ class Run:
         with model.training() as trainable:
             for planned, dataset in zip(self.planned, datasets, strict=True):
                 if dataset is not None:
-                    self._add(trainable, planned, dataset)
+                    self._add(trainable, planned, dataset, bar)
             known = self._known(trainable)
             self._follow(trainable, known, bar)
             if not self.plan.is_library:
@@ -272,7 +273,7 @@ class Run:
         finally:
             planned.forget_pictures()
 
-    def _add(self, model: TrainableModel, planned: Planned, dataset: Dataset) -> None:
+    def _add(self, model: TrainableModel, planned: Planned, dataset: Dataset, bar: "Bar") -> None:
         config = planned.config
         try:
             start = initial_embedding(model.vocabularies(), config.trigger, config.initializer, config.vectors)
@@ -283,7 +284,12 @@ class Run:
         if self.writes and not self.words:
             check_writable(start, self.plan.folder, planned.name, self.order.format)
         saved = planned.saved["training"] if planned.saved else None
-        self.words.append(Word(planned, planned.concept, dataset, config, self._search, model, saved))
+
+        def searching(done: int, total: int) -> None:
+            self._check_stop()
+            bar.show_search(config, done, total)
+
+        self.words.append(Word(planned, planned.concept, dataset, config, self._search, searching, model, saved))
 
     def _refuse(self, planned: Planned, error: Exception) -> None:
         """Of a library the others go on."""
@@ -322,12 +328,16 @@ class Run:
         with tqdm(desc="looking for a word to start from", leave=not self.plan.is_library, disable=quiet) as bar:
 
             def show(done: int, total: int) -> None:
-                if self.processes.any(bool(self.stop.code)):
-                    raise Interrupted
+                self._check_stop()
                 bar.total = total
                 bar.update(done - bar.n)
 
             return with_initializer(word.model, word.dataset, config, show, beside, self.processes)
+
+    def _check_stop(self) -> None:
+        """Ends a search at a signal."""
+        if self.processes.any(bool(self.stop.code)):
+            raise Interrupted
 
     # Training ---------------------------------------------------------------------------------
 
@@ -518,17 +528,23 @@ class Bar:
         self._tell(text)
 
     def show(self, word: Word, step: Step) -> None:
-        words = self._run.words
+        words, bar = self._run.words, self._open(word.config)
+        self._planned[word.concept.trigger] = max(step.number, earliest_end(step.progress, word.config))
+        bar.total = round(sum(self._planned.values()) / len(self._planned) * len(words))
+        closed = f"{sum(word.is_closed for word in words)} of {len(words)} learned, " if len(words) > 1 else ""
+        bar.set_description_str(f"{closed}{word.config.trigger}", refresh=False)
+        bar.update()
+        bar.set_postfix_str(f"fixed loss {step.best_loss:.4f} at step {step.best_step}")
+
+    def show_search(self, config: TrainConfig, done: int, total: int) -> None:
+        """How far the search for words of the per-image tokens is."""
+        self._open(config).set_description_str(f"{config.trigger}, looking for words: {done / total:.0%}")
+
+    def _open(self, config: TrainConfig) -> tqdm:
         if self._bar is None:
             quiet = self._run.together.rank > 0
-            self._bar = tqdm(unit="step", desc=word.config.trigger, total=word.config.steps, disable=quiet)
-        self._planned[word.concept.trigger] = max(step.number, earliest_end(step.progress, word.config))
-        self._bar.total = round(sum(self._planned.values()) / len(self._planned) * len(words))
-        if len(words) > 1:
-            closed = sum(word.is_closed for word in words)
-            self._bar.set_description_str(f"{closed} of {len(words)} learned, {word.config.trigger}", refresh=False)
-        self._bar.update()
-        self._bar.set_postfix_str(f"fixed loss {step.best_loss:.4f} at step {step.best_step}")
+            self._bar = tqdm(unit="step", desc=config.trigger, total=config.steps, disable=quiet)
+        return self._bar
 
 
 class StopSignals:

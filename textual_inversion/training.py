@@ -17,7 +17,7 @@ from .errors import TrainingError, TrainingStopped
 from .evaluation import Difference, Evaluator, fairest, flat, handing_over
 from .gradients import Share, compute_gradients
 from .image_tokens import SHARED_UPDATE_WEIGHT, TrainedTokens, new_image_tokens
-from .initializer import start_at_words
+from .initializer import SearchProgress, start_at_words, unseen
 from .memory import enable_checkpointing_if_needed, out_of_memory_explained
 from .objective import batch_loss
 from .optimizers import OPTIMIZERS, learning_rate, make_optimizer
@@ -145,6 +145,7 @@ def learn(
     saved: dict[str, Any] | None = None,
     average: Embedding | None = None,
     beside: Sequence[Embedding] = (),
+    searching: SearchProgress = unseen,
     processes: Processes = ALONE,
 ) -> Learner:
     """One concept's part of training; the rest is as in ``train``.
@@ -153,7 +154,8 @@ def learn(
     computed in one pass (``library.learn_together``), and a ``Step`` after every optimizer step.
 
     ``average`` becomes the running mean of the embedding: whoever made it, a copy of ``embedding``, sees it change.
-    ``beside`` are those of other concepts that the captions name.
+    ``beside`` are those of other concepts that the captions name. ``searching`` is told how far the search for words
+    of the per-image tokens is.
     """
     generator = torch.Generator().manual_seed(config.seed)
     batches = training_batches(dataset, config, generator)
@@ -175,7 +177,7 @@ def learn(
     if not (state.progress.step or stop) and state.progress.began == HEAD_START:
         fixed = itertools.chain(*(fixed_batches(dataset, config, block=number) for number in WORD_BLOCKS))
         rows = [without_concept(batch, config.kind) for batch in fixed]
-        yield from start_at_words(model, tokens, rows, processes)
+        yield from start_at_words(model, tokens, rows, searching, processes)
         state.ema = replace(tokens.snapshot(), concept=state.ema.concept)
 
     share, unusable = Share(tokens), 0
