@@ -295,6 +295,22 @@ def test_there_is_no_head_start_where_every_picture_has_a_caption_or_steps_are_f
         assert next(start(config, captions)[2]).progress.began == 0
 
 
+def test_vectors_that_took_in_what_the_tokens_knew_are_not_kept(trainable, monkeypatch):
+    """They lower the loss of the training pictures and so would be the best. And such an evaluation is no progress."""
+    _, start = trainable
+
+    def last(handed_over_after: int):
+        monkeypatch.setattr(training, "handing_over", lambda found, began: found[-1].step > handed_over_after)
+        _, _, steps = start(TrainConfig(steps=60, evaluate_every=5, batch_size=1, patience=0))
+        *_, last = steps
+        return last.progress
+
+    never, after = last(1000), last(30)
+    assert never.step == after.step == 60
+    assert never.best_step > 30 >= after.best_step
+    assert after.flat > never.flat
+
+
 def test_stopping_keeps_what_was_learned_since_the_last_evaluation(trainable):
     _, start = trainable
     _, _, steps = start(TrainConfig(steps=100, evaluate_every=50, batch_size=1), ["a photo of {}"])
