@@ -200,7 +200,8 @@ def test_per_image_tokens_have_a_head_start(trainable, batch, shared):
         if step.number == 15:
             assert all(torch.equal(step.state.ema.concept.vectors[key], first[key]) for key in first)
             assert (step.progress.evaluated_step, step.best_step) == (15, 15)
-            assert step.state.agreement.steps == 0, "what is known of gradients in the head start"
+            assert step.state.agreement.steps == 10, "gradients of edges say nothing of those of pictures"
+            assert all(same(*images) for images in zip(step.state.ema.per_image, images_of(step), strict=True))
     at_start = [all(torch.equal(vectors[key], first[key]) for key in first) for vectors in now]
     assert [number for number, is_first in enumerate(at_start) if is_first] == list(range(16))
     moved = [not torch.equal(before, after) for before, after in pairwise(per_image)]
@@ -283,6 +284,20 @@ def test_tokens_start_at_words_as_far_as_there_are_gradients(trainable, monkeypa
             assert again[0][0] == word
         losses = [fixed_losses(model, [concept, image], rows).mean() for image in (images[0], before[1])]
         assert losses[0] < losses[1]
+
+
+@pytest.mark.parametrize("steps", [40, 3000])
+@pytest.mark.parametrize("agreement", [1.0, 0.25, 0.0001])
+def test_the_head_start_is_longer_where_gradients_agree_less(trainable, monkeypatch, agreement, steps):
+    monkeypatch.setattr(Agreement, "value", agreement)
+    _, start = trainable
+    found = [step.progress.began for step in islice(start(TrainConfig(steps=steps))[2], 13)]
+    assert found[10:] == ([found[0]] + [min(steps // 4, {1: 60, 0.25: 120}.get(agreement, 424))] * 2)
+    assert found[0] == min(steps // 4, 60)
+
+
+def images_of(step) -> tuple:
+    return step.state.tokens.per_image
 
 
 def same(one, other) -> bool:

@@ -83,6 +83,12 @@ class Embedding:
         """A copy on the CPU, cut from every graph."""
         return self.mapped(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
 
+    @torch.no_grad()
+    def take_over(self, other: "Embedding") -> None:
+        """Makes the vectors those of another one of the same shape, in place."""
+        for key, vectors in self.vectors.items():
+            vectors.copy_(other.vectors[key])
+
     def for_encoders(self, encoders: dict[str, int], complete: bool = True) -> "Embedding":
         """The vectors by the keys of these encoders, ``{"clip_l": 768}``: found by key, then by width.
 

@@ -151,14 +151,14 @@ def start_at_words(
         for words in zip_longest(*likely):  # one for each image; None without a gradient
             for image, word in zip(images, words, strict=True):
                 if word is not None:
-                    _move(image, initial_embedding(vocabularies, image.trigger, word, image.count))
+                    image.take_over(initial_embedding(vocabularies, image.trigger, word, image.count))
             for index, loss in enumerate(losses()):
                 if loss < least[index]:
                     best[index], least[index] = images[index].snapshot(), loss
         for known, words in zip(tried, likely, strict=True):
             known.update(words)
         for image, word in zip(images, best, strict=True):
-            _move(image, word)
+            image.take_over(word)
     passes.end()
     for vectors in tokens.parameters():
         vectors.grad = None
@@ -188,9 +188,3 @@ def likely_words(
         for word in known_words:
             some.pop(word, None)
     return [heapq.nlargest(count, some, key=some.__getitem__) for some in gains]
-
-
-@torch.no_grad()
-def _move(embedding: Embedding, to: Embedding) -> None:
-    for key, vectors in embedding.vectors.items():
-        vectors.copy_(to.vectors[key])

@@ -306,8 +306,7 @@ def _learner(
     if run.saved and isinstance(first, Step) and not first.number:
         # The saved run is of another model, for which another word may be the best.
         start.embedding, start.config = run.begin(resume=False)
-        for key, vectors in start.embedding.vectors.items():
-            start.average.vectors[key].copy_(vectors)
+        start.average.take_over(start.embedding)
         learning = learner(None)
         first = next_of(learning, None)
     assert first is not None

@@ -104,10 +104,14 @@ class TrainState:
         self.progress = Progress(best=best, evaluations=evaluations, **saved["progress"])
 
     def begin(self) -> None:
-        """Forgets what is known of the gradients so far and how far they agree: the concept stood still."""
+        """The concept begins, beside the per-image tokens at their mean, in which there is less chance.
+
+        What the optimizer knows of the concept's gradients is forgotten: it stood still.
+        """
         for vectors in self.tokens.concept.parameters():
             self.optimizer.state.pop(vectors, None)
-        self.agreement = Agreement()
+        for token, mean in zip(self.tokens.per_image, self.ema.per_image, strict=True):
+            token.take_over(mean)
 
     def is_same_model(self, saved: dict[str, Any]) -> bool:
         """Whether ``saved`` is of this model: the same encoders, and at the start the same loss on fixed noise."""
@@ -151,7 +155,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
     return torch.load(io.BytesIO(data[begin:]), weights_only=True)
 
 
-RECIPE = 9  # counts changes of training that make an older unfinished run another run
+RECIPE = 10  # counts changes of training that make an older unfinished run another run
 
 
 def saved_settings(config: TrainConfig) -> dict[str, Any]:

@@ -30,9 +30,10 @@ DECAY_STEPS = 30  # the rate falls as 1 / sqrt(1 + steps / DECAY_STEPS)
 AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agreement
 # The embedding would take in what the per-image tokens have yet to learn. So these start at words, and at first learn
 # alone, from what shows the concept least; beside the embedding they go on.
-HEAD_START = 40  # steps
+HEAD_START = 60  # steps where all gradients agree; otherwise divided by the root of the agreement
 HEAD_START_SHARE = 1 / 4  # of all steps, where they are few
 IMAGE_TOKEN_RATE = 0.3  # of the learning rate
+STEPS_WITH_WORDS = 160  # a shorter run would be over before they are found
 WORD_BLOCKS = range(8, 10)  # of fixed batches, about 16 rows each: those that no evaluation has
 AVERAGED_SHARE = 1 / 3  # of the run, its end
 
@@ -173,8 +174,7 @@ def learn(
             next(batches)
     fixed_loss = _evaluate_if_due(state, evaluator, config) if state.progress.step else state.progress.initial_loss
     stop = yield Step(state.progress, 0.0, fixed_loss, state)
-    # A run so short that its head start is cut would be over before the words are found.
-    if not (state.progress.step or stop) and state.progress.began == HEAD_START:
+    if tokens.per_image and config.steps >= STEPS_WITH_WORDS and not (state.progress.step or stop):
         fixed = itertools.chain(*(fixed_batches(dataset, config, block=number) for number in WORD_BLOCKS))
         rows = [without_concept(batch, config.kind) for batch in fixed]
         yield from start_at_words(model, tokens, rows, searching, processes)
@@ -257,9 +257,14 @@ def _initial_state(
             "The loss is not a number before the first step: this model or VAE overflows in its "
             "precision. Try a bf16 or fp32 model, or a VAE that works in fp16."
         )
-    began = int(min(HEAD_START, config.steps * HEAD_START_SHARE)) if tokens.per_image else 0
+    began = _head_start(1.0, config) if tokens.per_image else 0
     progress = Progress(first.loss, ema.concept.snapshot(), (first,), began)
     return TrainState(tokens, optimizer, ema, Agreement(), progress)
+
+
+def _head_start(agreement: float, config: TrainConfig) -> int:
+    """Steps in which only the per-image tokens learn."""
+    return int(min(HEAD_START / math.sqrt(max(agreement, LEAST_AGREEMENT)), config.steps * HEAD_START_SHARE))
 
 
 def _evaluate_if_due(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> float | None:
@@ -301,11 +306,15 @@ def _keep(choice: Choice, state: TrainState, evaluator: Evaluator) -> float:
 
 
 def _measure_agreement(state: TrainState, config: TrainConfig) -> None:
-    """Adds the concept's gradients. How far the first ones agree, while it stands still, is what the run tells."""
-    concept = state.tokens.concept
-    state.agreement.add([vectors.grad for vectors in concept.parameters() if vectors.grad is not None])
-    if state.progress.step < MEASURED_STEPS:
-        state.progress = replace(state.progress, agreement=state.agreement.value)
+    """Adds the concept's gradients. How far the first ones agree, while it stands still, is what the run tells, and
+    how long the per-image tokens learn alone."""
+    progress, concept = state.progress, state.tokens.concept
+    if progress.step < MEASURED_STEPS or progress.step >= progress.began:
+        state.agreement.add([vectors.grad for vectors in concept.parameters() if vectors.grad is not None])
+    if progress.step < MEASURED_STEPS:
+        state.progress = replace(progress, agreement=state.agreement.value)
+    elif progress.step == MEASURED_STEPS < progress.began:
+        state.progress = replace(progress, began=_head_start(progress.agreement, config))
 
 
 def _measured_steps(config: TrainConfig) -> int:
