@@ -41,8 +41,8 @@ AVERAGED_SHARE = 1 / 3  # of the run, its end
 MEASURED_STEPS = 10
 MEASURED_SHARE = 1 / 20  # of all steps, where they are few
 
-# Training may not end by itself before this many steps, divided by the agreement: what n gradients agree on has
-# n x agreement / (1 - agreement) times as much of their mean as noise, in squares.
+# Training may not end by itself before this many steps after the head start, divided by the agreement: what n gradients
+# agree on has n x agreement / (1 - agreement) times as much of their mean as noise, in squares.
 SIGNAL_TO_NOISE = 60
 MOST_STEPS_WITHOUT_GAIN = 1000
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
@@ -230,15 +230,14 @@ def still_improving(progress: Progress, config: TrainConfig) -> bool:
 def earliest_end(progress: Progress, config: TrainConfig) -> int:
     """The step after which training may end by itself, as far as it is known now: later while it is improving.
 
-    Not before twice as many steps as the head start of the per-image tokens had, nor before 1000 while the gain cannot
-    be told from chance.
+    Not before 1000 steps while the gain cannot be told from chance.
     """
     if config.patience == 0:
         return config.steps
     enough = SIGNAL_TO_NOISE / max(progress.agreement, LEAST_AGREEMENT)
     if progress.flat and not progress.gain.certain:
         enough = max(enough, MOST_STEPS_WITHOUT_GAIN)
-    return min(config.steps, max(progress.step, progress.began + max(2 * progress.began, math.ceil(enough))))
+    return min(config.steps, max(progress.step, progress.began + math.ceil(enough)))
 
 
 def _initial_state(
