@@ -188,7 +188,8 @@ def test_per_image_tokens_have_a_head_start(trainable, batch, shared):
     The tokens share updates by the part of the pictures that a batch does not show.
     """
     _, start = trainable
-    _, embedding, steps = start(TrainConfig(steps=60, evaluate_every=5, batch_size=batch, patience=0))
+    config = TrainConfig(steps=60, evaluate_every=5, batch_size=batch, patience=0)
+    _, embedding, steps = start(config)
     now, per_image, first = [], [], embedding.snapshot().vectors
     for step in steps:
         now.append(step.state.tokens.concept.snapshot().vectors)
@@ -197,6 +198,10 @@ def test_per_image_tokens_have_a_head_start(trainable, batch, shared):
         )
         if step.number:
             assert step.state.optimizer.param_groups[-1]["shared_update_weight"] == shared
+        if step.number > 15:
+            agreement = step.state.optimizer.param_groups[0]["agreement"]
+            factor = min(1, (step.number - 15) / 10) * learning_rate_factor(step.number - 1, 15, agreement, config)
+            assert step.learning_rate == pytest.approx(learning_rate(config) * factor), "it rises for ten steps"
         if step.number == 15:
             assert all(torch.equal(step.state.ema.concept.vectors[key], first[key]) for key in first)
             assert (step.progress.evaluated_step, step.best_step) == (15, 15)
@@ -286,14 +291,21 @@ def test_tokens_start_at_words_as_far_as_there_are_gradients(trainable, monkeypa
         assert losses[0] < losses[1]
 
 
-@pytest.mark.parametrize("steps", [40, 3000])
-@pytest.mark.parametrize("agreement", [1.0, 0.25, 0.0001])
-def test_the_head_start_is_longer_where_gradients_agree_less(trainable, monkeypatch, agreement, steps):
+@pytest.mark.parametrize(
+    ("kind", "agreement", "steps", "found"),
+    [
+        ("object", 1.0, 3000, (60, 60)),
+        ("face", 0.25, 3000, (60, 120)),
+        ("object", 0.0001, 3000, (60, 424)),
+        ("style", 0.25, 3000, (60, 120)),
+        ("object", 0.25, 40, (10, 10)),
+    ],
+)
+def test_the_head_start_is_longer_where_gradients_agree_less(trainable, monkeypatch, kind, agreement, steps, found):
     monkeypatch.setattr(Agreement, "value", agreement)
     _, start = trainable
-    found = [step.progress.began for step in islice(start(TrainConfig(steps=steps))[2], 13)]
-    assert found[10:] == ([found[0]] + [min(steps // 4, {1: 60, 0.25: 120}.get(agreement, 424))] * 2)
-    assert found[0] == min(steps // 4, 60)
+    began = [step.progress.began for step in islice(start(TrainConfig(kind=kind, steps=steps))[2], 13)]
+    assert began == [found[0]] * 11 + [found[1]] * 2
 
 
 def images_of(step) -> tuple:
