@@ -328,9 +328,9 @@ def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: Trai
     done, still = state.progress.step, _measured_steps(config)
     begins = max(still, state.progress.began)
     concept, *per_image = optimizer.param_groups
-    risen = min(1.0, (done - begins + 1) / RISE) if state.progress.began else 1.0
-    factor = risen * learning_rate_factor(done, begins, agreement, config)
-    concept["lr"] = highest * factor if done >= begins else 0.0
+    concept["lr"] = highest * learning_rate_factor(done, begins, agreement, config) if done >= begins else 0.0
+    if state.progress.began:
+        concept["lr"] *= min(1.0, (done - begins + 1) / RISE)
     concept["agreement"] = agreement
     # Where a batch shows few of many pictures, the tokens of the others follow those that it shows.
     pictures, shown = max(1, len(state.tokens.per_image)), config.batch_size * config.accumulation
