@@ -92,6 +92,7 @@ ABLATIONS = {
     "no words": Recipe("", constants={"initializer.ROUNDS": 0}),
     "no head start": Recipe("", constants={"training.HEAD_START": 1}),
     "whole pictures in the head start": Recipe("", constants={"training.without_concept": lambda batch, kind: batch}),
+    "no rise of the rate": Recipe("", constants={"training.RISE": 1}),
     "full rate of per-image tokens": Recipe("", constants={"training.IMAGE_TOKEN_RATE": 1.0}),
     "decay after 10 steps": Recipe("", constants={"training.DECAY_STEPS": 10}),
     "rate without agreement": Recipe("", {"learning_rate": 0.2}, constants={"training.AGREEMENT_POWER": 0.0}),
