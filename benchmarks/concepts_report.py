@@ -56,6 +56,7 @@ The demo model at several levels of difficulty (`benchmarks/levels.py`), one fol
 plain model's. *Agreement* and *noise scale* (in pictures) are medians at the start; *a word explains*: the gain of ours
 as a share of the loss in training, beside the per-image tokens. *Kept*: mean identity as a share of the same recipe's
 on the same concepts and seeds of the plain model. *Before*: ours before the per-image tokens started at words.
+[method.md](../../../docs/method.md#as-hard-as-real-models-may-be) says which default each row of *ours* is of.
 *Wild* is the other demo model (`--wild`).
 
 | level | recipe | cells | agreement | noise scale | a word explains | identity | worst | kept | pictures | at most |

@@ -32,7 +32,7 @@ AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agre
 # alone, from what shows the concept least; beside the embedding they go on.
 HEAD_START = 60  # steps where all gradients agree; otherwise divided by the root of the agreement
 HEAD_START_SHARE = 1 / 4  # of all steps, where they are few
-RISE = 10  # steps in which the embedding's rate then rises: it would jump where tokens know much already
+RISE = 10  # steps after the head start in which the embedding's rate rises, or its first steps may jump
 IMAGE_TOKEN_RATE = 0.3  # of the learning rate
 STEPS_WITH_WORDS = 160  # a shorter run would be over before they are found
 WORD_BLOCKS = range(8, 10)  # of fixed batches, about 16 rows each: those that no evaluation has
@@ -306,8 +306,11 @@ def _keep(choice: Choice, state: TrainState, evaluator: Evaluator) -> float:
 
 
 def _measure_agreement(state: TrainState, config: TrainConfig) -> None:
-    """Adds the concept's gradients. How far the first ones agree, while it stands still, is what the run tells, and
-    how long the per-image tokens learn alone."""
+    """Adds the concept's gradients, those of the head start left out: they are of edges or of high noise levels.
+
+    How far the first ones agree, while it stands still, is what the run tells, and decides how long per-image tokens
+    learn alone.
+    """
     progress, concept = state.progress, state.tokens.concept
     if progress.step < MEASURED_STEPS or progress.step >= progress.began:
         state.agreement.add([vectors.grad for vectors in concept.parameters() if vectors.grad is not None])
@@ -328,9 +331,10 @@ def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: Trai
     done, still = state.progress.step, _measured_steps(config)
     begins = max(still, state.progress.began)
     concept, *per_image = optimizer.param_groups
-    concept["lr"] = highest * learning_rate_factor(done, begins, agreement, config) if done >= begins else 0.0
-    if state.progress.began:
-        concept["lr"] *= min(1.0, (done - begins + 1) / RISE)
+    concept["lr"] = 0.0
+    if done >= begins:
+        risen = min(1.0, (done - begins + 1) / RISE) if state.progress.began else 1.0
+        concept["lr"] = highest * risen * learning_rate_factor(done, begins, agreement, config)
     concept["agreement"] = agreement
     # Where a batch shows few of many pictures, the tokens of the others follow those that it shows.
     pictures, shown = max(1, len(state.tokens.per_image)), config.batch_size * config.accumulation
