@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from dev.comfyui_server import ComfyServer
 from textual_inversion import formats
 
-LOAD, IMAGES, SETTINGS, TRAIN, REPORT, SECOND, SECOND_REPORT = map(str, range(1, 8))
+LOAD, IMAGES, SETTINGS, TRAIN, REPORT, SECOND, SECOND_REPORT, CAPTION = map(str, range(1, 9))
 ENDLESS = 100_000  # steps: a run that only ends when it is told to
 _seeds = itertools.count(1)  # ComfyUI would not run the same graph twice
 
@@ -298,7 +298,7 @@ def test_words_can_be_read_in_every_palette(page):
 
 
 def graph(**widgets) -> dict:
-    """Loader -> Train -> report, in ComfyUI's API format."""
+    """Loader -> Train -> report, in ComfyUI's API format. Without a caption a long run would look for words first."""
     settings = {"evaluate_every": 3, "patience": 0, "preview_steps": 2}
     # Every widget that a test sets: the front end may keep that of the graph before.
     train = {"trigger": "S*", "initializer": "toy", "vectors": 1, "steps": 3, "batch_size": 1, "preview_every": 0}
@@ -306,6 +306,7 @@ def graph(**widgets) -> dict:
     return {
         LOAD: node("CheckpointLoaderSimple", ckpt_name="toy.safetensors"),
         IMAGES: node("TI_LoadImages", folder="pictures", size=64),
+        CAPTION: node("PrimitiveString", value="a photo of {}"),
         SETTINGS: node("TI_TrainingSettings", **settings),
         TRAIN: node(
             "TI_Train",
@@ -313,6 +314,7 @@ def graph(**widgets) -> dict:
             clip=[LOAD, 1],
             vae=[LOAD, 2],
             images=[IMAGES, 0],
+            captions=[CAPTION, 0],
             settings=[SETTINGS, 0],
             **train,
         ),

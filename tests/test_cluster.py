@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from kill_a_process import (
-    PARTS,
     ROOT,
     differences,
     kill_one,
@@ -28,6 +27,15 @@ def alone(toy_folder, tmp_path_factory) -> Path:
     """What one process learns of a picture without captions, with uneven batches."""
     folder = tmp_path_factory.mktemp("alone")
     learn(single(toy_folder, folder), 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(toy_folder, tmp_path_factory) -> Path:
+    """A library, and in ``words`` what one process learns of it without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_library(folder / "library", linked=False)
+    learn(options(toy_folder, folder / "library", folder / "words"), 1)
     return folder
 
 
@@ -67,17 +75,23 @@ def test_concepts_are_shared_out(toy_folder, tmp_path):
     assert not (tmp_path / "two/unfinished").exists()
 
 
-@pytest.mark.parametrize(("part", "step", "rank"), [("shared out", 13, 1), ("split", 27, 0)])
-def test_goes_on_after_one_process_was_killed(toy_folder, tmp_path, part, step, rank):
+def test_concepts_go_on_after_one_process_was_killed(toy_folder, whole, tmp_path):
+    """It ends as without a break, bit for bit, and as in one process."""
+    goes_on_after_a_kill(options(toy_folder, whole / "library", tmp_path / "words"), step=13, rank=1)
+    assert not differences(whole / "words", tmp_path / "words")
+
+
+def test_split_batches_go_on_after_one_process_was_killed(toy_folder, tmp_path):
     """It ends as without a break, bit for bit."""
-    assert part in PARTS
-    make_library(tmp_path / "library", linked=part == "split")
+    make_library(tmp_path / "library", linked=True)
     learn(options(toy_folder, tmp_path / "library", tmp_path / "whole"))
-    arguments = options(toy_folder, tmp_path / "library", tmp_path / "words")
-    said = kill_one(arguments, step, rank)
-    assert "error: Another process of this run has ended" in said
-    assert "goes on after step" in learn(arguments)
+    goes_on_after_a_kill(options(toy_folder, tmp_path / "library", tmp_path / "words"), step=27, rank=0)
     assert not differences(tmp_path / "whole", tmp_path / "words")
+
+
+def goes_on_after_a_kill(arguments: list[str], step: int, rank: int) -> None:
+    assert "error: Another process of this run has ended" in kill_one(arguments, step, rank)
+    assert "goes on after step" in learn(arguments)
 
 
 def test_accelerate_launch(toy_folder, alone, tmp_path):
@@ -95,11 +109,9 @@ def test_accelerate_launch(toy_folder, alone, tmp_path):
     assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
-def test_an_interrupted_library_goes_on(toy_folder, tmp_path):
+def test_an_interrupted_library_goes_on(toy_folder, whole, tmp_path):
     """Nothing is written of what has not ended, and the end is that without a break. Files that are there stay."""
-    make_library(tmp_path / "library", linked=False)
-    learn(options(toy_folder, tmp_path / "library", tmp_path / "whole"), 1)
-    arguments = options(toy_folder, tmp_path / "library", tmp_path / "words")
+    arguments = options(toy_folder, whole / "library", tmp_path / "words")
     with subprocess.Popen([*launched(1), *arguments], stderr=subprocess.PIPE, env=one_thread()) as process:
         assert process.stderr is not None
         seen = b""
@@ -114,7 +126,7 @@ def test_an_interrupted_library_goes_on(toy_folder, tmp_path):
     said = learn(arguments, 1)
     assert "Already in" in said
     assert "<star> goes on after step" in said
-    assert not differences(tmp_path / "whole", tmp_path / "words")
+    assert not differences(whole / "words", tmp_path / "words")
     there = (tmp_path / "words/star.safetensors").stat().st_mtime_ns
     assert "step/s" not in learn(arguments, 1)
     assert (tmp_path / "words/star.safetensors").stat().st_mtime_ns == there
