@@ -90,7 +90,7 @@ ABLATIONS = {
     "two per-image tokens": Recipe("", {"per_image_tokens": 2}),
     "no shared updates": Recipe("", constants={"training.SHARED_UPDATE_WEIGHT": 0.0}),
     "no words": Recipe("", constants={"initializer.ROUNDS": 0}),
-    "no head start": Recipe("", constants={"training.HEAD_START": 1}),
+    "no head start": Recipe("", constants={"training.HEAD_START": 1, "training.HEAD_START_OF_STYLES": 1}),
     "whole pictures in the head start": Recipe("", constants={"training.without_concept": lambda batch, kind: batch}),
     "no rise of the rate": Recipe("", constants={"training.RISE": 1}),
     "full rate of per-image tokens": Recipe("", constants={"training.IMAGE_TOKEN_RATE": 1.0}),

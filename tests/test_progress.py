@@ -299,7 +299,8 @@ def test_tokens_start_at_words_as_far_as_there_are_gradients(trainable, monkeypa
         ("object", 1.0, 3000, (60, 60)),
         ("face", 0.25, 3000, (60, 120)),
         ("object", 0.0001, 3000, (60, 424)),
-        ("style", 0.25, 3000, (60, 120)),
+        ("style", 0.25, 3000, (30, 30)),
+        ("style", 0.25, 80, (20, 20)),
         ("object", 0.25, 40, (10, 10)),
     ],
 )

@@ -31,6 +31,7 @@ AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agre
 # The embedding would take in what the per-image tokens have yet to learn. So these start at words, and at first learn
 # alone, from what shows the concept least; beside the embedding they go on.
 HEAD_START = 60  # steps where all gradients agree; otherwise divided by the root of the agreement
+HEAD_START_OF_STYLES = 30  # after more, the tokens know the style too: of its colours high noise levels show enough
 HEAD_START_SHARE = 1 / 4  # of all steps, where they are few
 RISE = 10  # steps after the head start in which the embedding's rate rises, or its first steps may jump
 IMAGE_TOKEN_RATE = 0.3  # of the learning rate
@@ -264,7 +265,8 @@ def _initial_state(
 
 def _head_start(agreement: float, config: TrainConfig) -> int:
     """Steps in which only the per-image tokens learn."""
-    return int(min(HEAD_START / math.sqrt(max(agreement, LEAST_AGREEMENT)), config.steps * HEAD_START_SHARE))
+    long = HEAD_START / math.sqrt(max(agreement, LEAST_AGREEMENT))
+    return int(min(HEAD_START_OF_STYLES if config.kind == "style" else long, config.steps * HEAD_START_SHARE))
 
 
 def _evaluate_if_due(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> float | None:
