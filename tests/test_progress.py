@@ -13,7 +13,7 @@ from textual_inversion import TrainConfig, initial_embedding, train, training
 from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.agreement import Agreement, in_words
 from textual_inversion.dataset import Batch, Dataset, edges, fixed_batches, make_dataset
-from textual_inversion.evaluation import CERTAIN, Difference, Evaluation, fairest, flat, gain, handing_over
+from textual_inversion.evaluation import CERTAIN, Difference, Evaluation, fairest, flat, gain, handing_over, well_known
 from textual_inversion.gradients import Share, compute_gradients
 from textual_inversion.image_tokens import TrainedTokens, new_image_tokens
 from textual_inversion.initializer import ROUNDS, start_at_words, with_initializer
@@ -115,6 +115,14 @@ def test_progress_is_a_lower_loss_and_a_better_word():
     assert not flat(begun, 100), "the embedding began at step 100, beside tokens that had brought the loss to 1"
 
 
+def test_progress_is_known_where_its_noise_is_small_beside_what_the_word_is_worth():
+    for noise, known in ((0.05, True), (0.1 * ROWS**0.5, False)):
+        found = [evaluation(0, 1.0), evaluation(50, 0.5, noise=noise), evaluation(100, 0.5, noise=noise)]
+        assert gain(found, found[-1]).certain
+        assert flat(found, 0)
+        assert well_known(found, 0) == known
+
+
 def test_the_rate_needs_no_number_of_steps_and_follows_the_agreement():
     def factors(steps, agreement=1.0, began=0, **settings):
         config = TrainConfig(steps=steps, **settings)
@@ -148,8 +156,8 @@ def trainable(load, checkpoints, pictures):
 
 
 def test_run_without_progress_ends_by_itself_and_says_so(trainable, monkeypatch):
-    monkeypatch.setattr(training, "SIGNAL_TO_NOISE", 2)  # sooner
-    monkeypatch.setattr(training, "MOST_STEPS_WITHOUT_GAIN", 100)
+    monkeypatch.setattr(training, "STEPS_TO_TELL", 3)  # sooner
+    monkeypatch.setattr(training, "MOST_STEPS_TO_TELL", 100)
     model, start = trainable
     config = TrainConfig(learning_rate=1e-6, steps=500, evaluate_every=2, batch_size=1)
     dataset, embedding, steps = start(config, ["a photo of {}"])
@@ -181,14 +189,14 @@ def test_vectors_that_are_surely_worse_than_the_initializer_are_not_kept():
     assert step.progress.flat > 0
 
 
-@pytest.mark.parametrize(("batch", "shared"), [(1, 1.0), (2, 0.0)])
-def test_per_image_tokens_have_a_head_start(trainable, batch, shared):
+@pytest.mark.parametrize(("kind", "batch", "shared"), [("object", 1, 1.0), ("style", 2, 0.0)])
+def test_per_image_tokens_have_a_head_start(trainable, kind, batch, shared):
     """The embedding stands still for a quarter of few steps, and everything in the first twentieth.
 
-    The tokens share updates by the part of the pictures that a batch does not show.
+    The tokens share updates by the part of the pictures that a batch does not show. The rate of a style rises.
     """
     _, start = trainable
-    config = TrainConfig(steps=60, evaluate_every=5, batch_size=batch, patience=0)
+    config = TrainConfig(kind=kind, steps=60, evaluate_every=5, batch_size=batch, patience=0)
     _, embedding, steps = start(config)
     now, per_image, first = [], [], embedding.snapshot().vectors
     for step in steps:
@@ -202,8 +210,9 @@ def test_per_image_tokens_have_a_head_start(trainable, batch, shared):
             assert str(step.learning_rate) == "0.0", "as the panel shows it: not -0"
         else:
             agreement = step.state.optimizer.param_groups[0]["agreement"]
-            factor = min(1, (step.number - 15) / 10) * learning_rate_factor(step.number - 1, 15, agreement, config)
-            assert step.learning_rate == pytest.approx(learning_rate(config) * factor), "it rises for ten steps"
+            risen = min(1, (step.number - 15) / 10) if kind == "style" else 1
+            factor = risen * learning_rate_factor(step.number - 1, 15, agreement, config)
+            assert step.learning_rate == pytest.approx(learning_rate(config) * factor)
         if step.number == 15:
             assert all(torch.equal(step.state.ema.concept.vectors[key], first[key]) for key in first)
             assert (step.progress.evaluated_step, step.best_step) == (15, 15)
@@ -296,9 +305,9 @@ def test_tokens_start_at_words_as_far_as_there_are_gradients(trainable, monkeypa
 @pytest.mark.parametrize(
     ("kind", "agreement", "steps", "found"),
     [
-        ("object", 1.0, 3000, (60, 60)),
-        ("face", 0.25, 3000, (60, 120)),
-        ("object", 0.0001, 3000, (60, 424)),
+        ("object", 1.0, 3000, (120, 120)),
+        ("face", 0.16, 3000, (120, 150)),
+        ("object", 0.0001, 3000, (120, 424)),
         ("style", 0.25, 3000, (30, 30)),
         ("style", 0.25, 80, (20, 20)),
         ("object", 0.25, 40, (10, 10)),

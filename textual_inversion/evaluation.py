@@ -22,6 +22,7 @@ from .processes import ALONE, Processes
 
 CERTAIN = 2.0  # standard errors
 FLAT = 0.1  # the second half of the run brought less than this share of what the word is worth
+KNOWN = 0.2  # of what the word is worth: the standard error with which progress is known well enough
 NEGLIGIBLE = 1e-4  # of the loss
 SHARE = 0.12  # of the work of training that evaluations take in a long run
 FORWARD_ROWS = 3  # evaluated in the time that one row takes in training, which has a backward pass
@@ -86,18 +87,30 @@ def handing_over(evaluations: Sequence[Evaluation], began: int) -> bool:
     return Difference.of(evaluations[-1].initial, _middle(evaluations, began).initial).certain
 
 
-def flat(evaluations: Sequence[Evaluation], began: int) -> bool:
-    """Whether the second half of the run since step ``began`` added little to what the embedding is worth.
+def recent_progress(evaluations: Sequence[Evaluation], began: int) -> Difference:
+    """What the second half of the run since step ``began`` added to what the embedding is worth.
 
-    Progress is a lower loss, and a larger distance to the initializer beside the same per-image tokens. With only
-    the first the tokens learn, not the embedding.
+    That is a lower loss, and a larger distance to the initializer beside the same per-image tokens: the smaller of the
+    two, since with only the first the tokens learn, not the embedding.
     """
     last, half = evaluations[-1], _middle(evaluations, began)
     learned = half.learned if half.step > began else half.initial  # with which it began
     rows = len(learned)
-    lower = Difference.of(learned, last.learned).mean
-    apart = Difference.of(last.initial[:rows] - last.learned[:rows], half.initial - learned).mean
-    return min(lower, apart) < max(FLAT * gain(evaluations, last).mean, NEGLIGIBLE * last.loss)
+    lower = Difference.of(learned, last.learned)
+    apart = Difference.of(last.initial[:rows] - last.learned[:rows], half.initial - learned)
+    return min(lower, apart, key=lambda difference: difference.mean)
+
+
+def flat(evaluations: Sequence[Evaluation], began: int) -> bool:
+    """Whether recent progress is little beside what the embedding is worth."""
+    last = evaluations[-1]
+    return recent_progress(evaluations, began).mean < max(FLAT * gain(evaluations, last).mean, NEGLIGIBLE * last.loss)
+
+
+def well_known(evaluations: Sequence[Evaluation], began: int) -> bool:
+    """Whether the noise of the evaluations is small enough to believe in ``flat``."""
+    worth = gain(evaluations, evaluations[-1])
+    return worth.certain and recent_progress(evaluations, began).error < KNOWN * worth.mean
 
 
 def _middle(evaluations: Sequence[Evaluation], began: int) -> Evaluation:

@@ -14,7 +14,7 @@ from .config import TrainConfig
 from .dataset import Batch, Dataset, fixed_batches, training_batches, without_concept
 from .embedding import Embedding
 from .errors import TrainingError, TrainingStopped
-from .evaluation import Difference, Evaluator, fairest, flat, handing_over
+from .evaluation import Difference, Evaluator, fairest, flat, handing_over, well_known
 from .gradients import Share, compute_gradients
 from .image_tokens import SHARED_UPDATE_WEIGHT, TrainedTokens, new_image_tokens
 from .initializer import SearchProgress, start_at_words, unseen
@@ -30,10 +30,11 @@ DECAY_STEPS = 30  # the rate falls as 1 / sqrt(1 + steps / DECAY_STEPS)
 AGREEMENT_POWER = 0.25  # and is multiplied by this power of the gradients' agreement
 # The embedding would take in what the per-image tokens have yet to learn. So these start at words, and at first learn
 # alone, from what shows the concept least; beside the embedding they go on.
-HEAD_START = 60  # steps where all gradients agree; otherwise divided by the root of the agreement
+HEAD_START = 60  # steps, divided by the root of the agreement
+LEAST_HEAD_START = 120  # gradients also agree where the words fit badly and much is left to learn
 HEAD_START_OF_STYLES = 30  # after more, the tokens know the style too: of its colours high noise levels show enough
 HEAD_START_SHARE = 1 / 4  # of all steps, where they are few
-RISE = 10  # steps after the head start in which the embedding's rate rises, or its first steps may jump
+RISE_OF_STYLES = 10  # steps after the head start in which the rate of a style rises, or the first ones may jump
 IMAGE_TOKEN_RATE = 0.3  # of the learning rate
 STEPS_WITH_WORDS = 160  # a shorter run would be over before they are found
 WORD_BLOCKS = range(8, 10)  # of fixed batches, about 16 rows each: those that no evaluation has
@@ -43,10 +44,10 @@ AVERAGED_SHARE = 1 / 3  # of the run, its end
 MEASURED_STEPS = 10
 MEASURED_SHARE = 1 / 20  # of all steps, where they are few
 
-# Training may not end by itself before this many steps after the head start, divided by the agreement: what n gradients
-# agree on has n x agreement / (1 - agreement) times as much of their mean as noise, in squares.
-SIGNAL_TO_NOISE = 60
-MOST_STEPS_WITHOUT_GAIN = 1000
+# Steps after the head start before which training may not end by itself: where all gradients agree, otherwise divided
+# by the root of the agreement; and where the evaluations are too noisy to tell whether there is progress.
+STEPS_TO_TELL = 100
+MOST_STEPS_TO_TELL = 700
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
 
 MOST_SKIPPED = 8  # batches in a row whose loss or gradient is not a number
@@ -232,13 +233,13 @@ def still_improving(progress: Progress, config: TrainConfig) -> bool:
 def earliest_end(progress: Progress, config: TrainConfig) -> int:
     """The step after which training may end by itself, as far as it is known now: later while it is improving.
 
-    Not before 1000 steps while the gain cannot be told from chance.
+    Not before 700 steps after the head start while evaluations are too noisy to tell.
     """
     if config.patience == 0:
         return config.steps
-    enough = SIGNAL_TO_NOISE / max(progress.agreement, LEAST_AGREEMENT)
-    if progress.flat and not progress.gain.certain:
-        enough = max(enough, MOST_STEPS_WITHOUT_GAIN)
+    enough = STEPS_TO_TELL / math.sqrt(max(progress.agreement, LEAST_AGREEMENT))
+    if progress.flat and not well_known(progress.evaluations, progress.began):
+        enough = max(enough, MOST_STEPS_TO_TELL)
     return min(config.steps, max(progress.step, progress.began + math.ceil(enough)))
 
 
@@ -265,7 +266,7 @@ def _initial_state(
 
 def _head_start(agreement: float, config: TrainConfig) -> int:
     """Steps in which only the per-image tokens learn."""
-    long = HEAD_START / math.sqrt(max(agreement, LEAST_AGREEMENT))
+    long = max(LEAST_HEAD_START, HEAD_START / math.sqrt(max(agreement, LEAST_AGREEMENT)))
     return int(min(HEAD_START_OF_STYLES if config.kind == "style" else long, config.steps * HEAD_START_SHARE))
 
 
@@ -335,7 +336,8 @@ def _set_rates(optimizer: torch.optim.Optimizer, state: TrainState, config: Trai
     concept, *per_image = optimizer.param_groups
     concept["lr"] = 0.0
     if done >= begins:
-        risen = min(1.0, (done - begins + 1) / RISE) if state.progress.began else 1.0
+        rises = config.kind == "style" and state.progress.began
+        risen = min(1.0, (done - begins + 1) / RISE_OF_STYLES) if rises else 1.0
         concept["lr"] = highest * risen * learning_rate_factor(done, begins, agreement, config)
     concept["agreement"] = agreement
     # Where a batch shows few of many pictures, the tokens of the others follow those that it shows.
