@@ -193,7 +193,8 @@ def plot(recipes: dict[str, Cells], path: Path) -> None:
             np.interp(grid, *np.array([(seen, 1 - loss / row["class_loss"]) for seen, _, loss in row["curve"]]).T)
             for row in rows
         ]
-        (line,) = axes.plot(grid, np.mean(curves, 0), label=name, linewidth=2.5 if name == OURS else 1.5)
+        width, color = (2.5, "black") if name == OURS else (1.5, None)
+        (line,) = axes.plot(grid, np.mean(curves, 0), label=name, linewidth=width, color=color)
         axes.fill_between(grid, *np.quantile(curves, (0.25, 0.75), 0), color=line.get_color(), alpha=0.12, linewidth=0)
     axes.set_xscale("log")
     axes.set(xlabel="pictures seen (steps x batch)", ylabel="identity: held-out loss removed")
