@@ -38,7 +38,15 @@ from torch import Tensor
 
 from demo.measure import CHECKPOINT, CONCEPTS, WILD, Bench, Concept
 from dev.get_comfyui import ROOT
+from textual_inversion import TrainConfig, formats, initial_embedding, train
+from textual_inversion.dataset import fixed_batches
+from textual_inversion.objective import mean_loss
+from textual_inversion.pictures import to_pillow
+from textual_inversion.prompts import place_trigger
+from textual_inversion.report import drift
+from textual_inversion.state import saved_settings
 from toy_model import wild
+from toy_model.judge import load_judge
 from toy_model.make_concepts import draw_concepts
 
 from .cells import add_cell, file_name, read_cells
@@ -89,8 +97,6 @@ class Cell:
     def __init__(
         self, bench: Bench, name: str, recipe: Recipe, concept: Concept, seed: int, captions: bool, level: Level
     ) -> None:
-        from textual_inversion import TrainConfig
-        from textual_inversion.state import saved_settings
 
         base = {"initializer": concept.initializer, "kind": concept.kind, "seed": seed}
         self.config = TrainConfig(**base, **recipe.settings)
@@ -103,7 +109,6 @@ class Cell:
 
     def run(self) -> tuple[dict[str, Any], Any, Tensor | None]:
         """Measurements, the learned word, and pictures (P, H, W, 3) of the prompts to show."""
-        from textual_inversion import initial_embedding, train
 
         curve, seconds = [], 0.0
         with ExitStack() as stack:
@@ -157,15 +162,12 @@ class Cell:
 
     def losses(self, dataset, word, draws: int) -> list[float]:
         """By band of noise, on the same noise for every word."""
-        from textual_inversion.dataset import fixed_batches
-        from textual_inversion.objective import mean_loss
 
         batches = fixed_batches(dataset, replace(self.config, batch_size=32, flip_probability=0.0), draws)
         banded = [[batch.rows((batch.quantiles * BANDS).long() == band) for batch in batches] for band in range(BANDS)]
         return [mean_loss(self.bench.model, [word], [b for b in rows if b.prompts]) for rows in banded]
 
     def drift(self, class_word, word) -> float:
-        from textual_inversion.report import drift
 
         return drift(self.bench.model, class_word, word)
 
@@ -177,8 +179,6 @@ class Cell:
 
 
 def samples_of(bench: Bench, concept: Concept, word, shape) -> tuple[dict[str, Any], Tensor]:
-    from textual_inversion.prompts import place_trigger
-    from toy_model.judge import load_judge
 
     asked = ASKED[concept.kind]
     prompts = [place_trigger(prompt, word.trigger) for prompt in asked]
@@ -241,8 +241,6 @@ def learn(
     bench: Bench, args: argparse.Namespace, name: str, recipe: Recipe, concept: Concept, seed: int, level: Level
 ) -> None:
     """Measures a cell, unless that has been done with the same settings."""
-    from textual_inversion import formats
-    from textual_inversion.pictures import to_pillow
 
     name += " + captions" if args.captions else ""
     cell = Cell(bench, name, recipe, concept, seed, args.captions, level)

@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt
 
 Cells = list[dict[str, Any]]
 MEASURES = ("identity", "looks", "obeys", "drift", "norm_ratio", "leak")
-OURS, BEFORE = "ours", "version 0.1"
+OURS, FIRST_VERSION = "ours", "version 0.1"
 SIDE = 96  # pixels of a picture on a contact sheet
 
 
@@ -65,12 +65,12 @@ on the same concepts and seeds of the plain model. *Before*: ours before the per
 
 
 def write_levels(out: Path) -> None:
-    """``levels.md``: ours and the last version's at every level in the folders of ``out``, and on the plain model."""
+    """``levels.md``: every recipe at each level in the folders of ``out``, and ours and the first version's as is."""
     plain, lines = read_cells(out), []
     for folder in (out, *sorted(path.parent for path in out.glob("*/cells.jsonl"))):
         recipes: dict[str, Cells] = {}
         for cell in read_cells(folder).values():
-            if folder != out or cell["recipe"].startswith((OURS, BEFORE)):
+            if folder != out or cell["recipe"].startswith((OURS, FIRST_VERSION)):
                 recipes.setdefault(cell["recipe"], []).append(cell)
         level = "as is" if folder == out else folder.name
         same = {} if level == "wild" else plain  # it is another model

@@ -30,9 +30,8 @@ def from_search(model, dataset, config: TrainConfig) -> Embedding:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings that differ from ours, and the source they are from."""
+    """What differs from ours."""
 
-    source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: Callable[[Any, Dataset, TrainConfig], Embedding] = from_word
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -52,26 +51,26 @@ PLAIN = {
 }
 
 RECIPES = {
-    "ours": Recipe("the defaults"),
+    "ours": Recipe(),
+    # examples/textual_inversion of diffusers, the README's command (5e-4 x batch 1 x accumulation 4)
     "diffusers": Recipe(
-        "examples/textual_inversion of diffusers, the README's command (5e-4 x batch 1 x accumulation 4)",
         {**PLAIN, "learning_rate": 2e-3, "batch_size": 4, "steps": 3000, "flip_probability": 0.5},
     ),
+    # rinongal/textual_inversion, v1-finetune.yaml (5e-3 x batch 2 where one GPU scales it), early enough to stop
     "original": Recipe(
-        "rinongal/textual_inversion, v1-finetune.yaml (5e-3 x batch 2 where one GPU scales it), early enough to stop",
         {**PLAIN, "learning_rate": 5e-3, "batch_size": 2, "steps": 6100, "flip_probability": 0.5},
     ),
+    # the Train tab's defaults, of which users run a few thousand steps
     "A1111": Recipe(
-        "the Train tab's defaults, of which users run a few thousand steps",
         {**PLAIN, "learning_rate": 5e-3, "batch_size": 1, "steps": 3000, "weight_decay": 0.0},
     ),
+    # arXiv 2312.15905: 2 vectors, 320 steps of 8
     "cross initialization": Recipe(
-        "arXiv 2312.15905: 2 vectors, 320 steps of 8",
         {**PLAIN, "learning_rate": 5e-3, "batch_size": 8, "steps": 320, "vectors": 2},
         from_encoder,
     ),
+    # arXiv 2512.13672 (ICLR 2026) and kunheek/dti: steps of .01 rad, 400 of 4; its pull is absolute, here left out
     "directional": Recipe(
-        "arXiv 2512.13672 (ICLR 2026) and kunheek/dti: steps of .01 rad, 400 of 4; its pull is absolute, here left out",
         {
             **PLAIN,
             "optimizer": "sphere",
@@ -86,21 +85,21 @@ RECIPES = {
 
 # Ours with one piece changed: what is kept has to pay (docs/method.md).
 ABLATIONS = {
-    "no per-image tokens": Recipe("", {"per_image_tokens": 0}),
-    "two per-image tokens": Recipe("", {"per_image_tokens": 2}),
-    "no shared updates": Recipe("", constants={"training.SHARED_UPDATE_WEIGHT": 0.0}),
-    "no words": Recipe("", constants={"initializer.ROUNDS": 0}),
-    "no head start": Recipe("", constants={"training._head_start": lambda agreement, config: 1}),
-    "whole pictures in the head start": Recipe("", constants={"training.without_concept": lambda batch, kind: batch}),
-    "no rise of the rate": Recipe("", constants={"training.RISE_OF_STYLES": 1}),
-    "full rate of per-image tokens": Recipe("", constants={"training.IMAGE_TOKEN_RATE": 1.0}),
-    "decay after 10 steps": Recipe("", constants={"training.DECAY_STEPS": 10}),
-    "rate without agreement": Recipe("", {"learning_rate": 0.2}, constants={"training.AGREEMENT_POWER": 0.0}),
-    "cosine to step 400": Recipe("", {"schedule": "cosine", "steps": 400, "learning_rate": 0.3}),
-    "no averaging": Recipe("", {"averaging": 0.0}),
-    "average of the whole run": Recipe("", constants={"training.AVERAGED_SHARE": 1.0}),
-    "adamw": Recipe("", {"optimizer": "adamw", "learning_rate": 2e-2, "momentum": 0.9}),
-    "no anchor": Recipe("", {"editability": 0.0}),
-    "anchor 0.5": Recipe("", {"editability": 0.5}),
-    "searched initializer": Recipe("", {}, from_search),
+    "no per-image tokens": Recipe({"per_image_tokens": 0}),
+    "two per-image tokens": Recipe({"per_image_tokens": 2}),
+    "no shared updates": Recipe(constants={"training.SHARED_UPDATE_WEIGHT": 0.0}),
+    "no words": Recipe(constants={"initializer.ROUNDS": 0}),
+    "no head start": Recipe(constants={"training._head_start": lambda agreement, config: 1}),
+    "whole pictures in the head start": Recipe(constants={"training.without_concept": lambda batch, kind: batch}),
+    "no rise of the rate": Recipe(constants={"training.RISE_OF_STYLES": 1}),
+    "full rate of per-image tokens": Recipe(constants={"training.IMAGE_TOKEN_RATE": 1.0}),
+    "decay after 10 steps": Recipe(constants={"training.DECAY_STEPS": 10}),
+    "rate without agreement": Recipe({"learning_rate": 0.2}, constants={"training.AGREEMENT_POWER": 0.0}),
+    "cosine to step 400": Recipe({"schedule": "cosine", "steps": 400, "learning_rate": 0.3}),
+    "no averaging": Recipe({"averaging": 0.0}),
+    "average of the whole run": Recipe(constants={"training.AVERAGED_SHARE": 1.0}),
+    "adamw": Recipe({"optimizer": "adamw", "learning_rate": 2e-2, "momentum": 0.9}),
+    "no anchor": Recipe({"editability": 0.0}),
+    "anchor 0.5": Recipe({"editability": 0.5}),
+    "searched initializer": Recipe(start=from_search),
 }

@@ -32,6 +32,7 @@ from unittest.mock import patch
 
 import torch
 
+from demo.measure import CHECKPOINT
 from dev.in_process import ROOT
 from textual_inversion import TrainConfig, formats, gradients, initial_embedding
 from textual_inversion.adapters.diffusers_pipeline import DiffusersModel
@@ -47,7 +48,6 @@ from toy_model.make_concepts import HELD_OUT, TRAINING, character_pictures, writ
 from toy_model.networks import pipeline_from_checkpoint
 from toy_model.world import HELD_OUT_COLOURS, Character, random_character
 
-CHECKPOINT = ROOT / "demo/models/toy.safetensors"
 RESULTS = ROOT / "benchmarks/results/scale"
 CONFIG = TrainConfig(initializer="circle", evaluate_every=10_000, patience=0, seed=0)
 CONCEPTS = ("circle", "cross", "diamond", "drop", "flower", "heart", "moon", "star")
@@ -59,7 +59,7 @@ class Run:
 
     concept: Concept
     dataset: Dataset
-    model: DiffusersModel
+    model: Any
     config: TrainConfig
     saved: dict[str, Any] | None = None
 

@@ -19,6 +19,16 @@ import torch
 
 from demo.measure import Bench, Concept
 from dev.get_comfyui import ROOT
+from textual_inversion import Step, TrainConfig, initial_embedding
+from textual_inversion.dataset import make_dataset
+from textual_inversion.library import Concept as Learned
+from textual_inversion.library import by_concept, learn_together
+from textual_inversion.pictures import load_folder
+from toy_model.drawing import render
+from toy_model.make_concepts import CHARACTERS
+from toy_model.world import Picture, contrast, named_characters
+
+from .scale import Run
 
 OUT = ROOT / "benchmarks/results/together"
 PAIRS = (
@@ -31,61 +41,34 @@ PICTURES = 4
 
 def rendered(pictures: list[Any], seed: int) -> list[torch.Tensor]:
     """(1, 64, 64, 3) each."""
-    from toy_model.drawing import render
-
     jitter = np.random.default_rng(seed)
     return [torch.from_numpy(render(picture, jitter)).float()[None] / 255 for picture in pictures]
 
 
 def pictures_of(who: str, colour: str) -> list[torch.Tensor]:
     """The character on the background; nothing else differs but its place and size."""
-    from toy_model.make_concepts import CHARACTERS
-    from toy_model.world import Picture
-
     return rendered([Picture(CHARACTERS[who], colour)] * PICTURES, 7)
 
 
 def others_on(colour: str, word: str) -> tuple[list[torch.Tensor], list[str]]:
     """Characters that the model knows on the background, with captions that name it."""
-    from toy_model.world import Picture, contrast, named_characters
-
     fits = [name for name, who in named_characters().items() if contrast(who.colour, colour) > 0.75]
     names = random.Random(3).sample(fits, 8)
     pictures = [Picture(named_characters()[name], colour, name=name) for name in names]
     return rendered(pictures, 8), [f"a photo of {name} on a {word} background" for name in names]
 
 
-class Run:
-    """One concept for ``learn_together``."""
-
-    saved = None
-
-    @staticmethod
-    def searching(done: int, total: int) -> None:
-        pass
-
-    def __init__(self, model: Any, concept: Any, config: Any) -> None:
-        self.model, self.concept, self.config = model, concept, config
-        self.dataset = concept.dataset(model, config)
-
-    def begin(self, resume: bool) -> tuple[Any, Any]:
-        from textual_inversion import initial_embedding
-
-        return initial_embedding(
-            self.model.vocabularies(), self.concept.trigger, self.config.initializer, 1
-        ), self.config
-
-
 def learned(bench: Bench, concepts: list[Any], initializers: list[str], seed: int) -> dict[str, Any]:
     """The last step of each concept by its trigger word."""
-    from textual_inversion import Step, TrainConfig
-    from textual_inversion.library import learn_together
-
     last: dict[str, Any] = {}
+    configs = [
+        TrainConfig(trigger=concept.trigger, initializer=word, seed=seed)
+        for concept, word in zip(concepts, initializers, strict=True)
+    ]
     with bench.model.training() as model:
         runs = [
-            Run(bench.model, concept, TrainConfig(trigger=concept.trigger, initializer=word, seed=seed))
-            for concept, word in zip(concepts, initializers, strict=True)
+            Run(concept, concept.dataset(bench.model, config), bench.model, config)
+            for concept, config in zip(concepts, configs, strict=True)
         ]
         for run, step in learn_together(model, runs):
             assert isinstance(step, Step), step
@@ -94,11 +77,6 @@ def learned(bench: Bench, concepts: list[Any], initializers: list[str], seed: in
 
 
 def main() -> None:
-    from textual_inversion import TrainConfig, initial_embedding
-    from textual_inversion.dataset import make_dataset
-    from textual_inversion.library import Concept as Learned
-    from textual_inversion.library import by_concept
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pairs", type=int, default=len(PAIRS))
@@ -117,7 +95,7 @@ def main() -> None:
         images, caption = pictures_of(who, colour), f"a photo of {thing} on a {back} background"
         together = by_concept([thing, thing, back, back], images, [], [caption], "object")
         same = [Learned(thing, images, [], [f"a photo of {thing}"])]
-        own, _, texts, _ = bench._load_folder(about.folder / "train", 0, False)
+        own, _, texts, _ = load_folder(about.folder / "train", 0, False)
         elsewhere = bench.dataset(about, "heldout", TrainConfig(trigger=thing))
         shown, said = others_on(colour, back)
         behind = make_dataset(bench.model.encode_images, shown, [], said, TrainConfig(trigger=back))

@@ -95,7 +95,7 @@ def measured(bench: Bench, name: str, use: Use, seed: int) -> dict[str, Any]:
     # As the engine does it where masks leave no background; here they come later.
     settings = {**use.settings, "per_image_tokens": 0} if use.masks and name in CHARACTERS else use.settings
     with tempfile.TemporaryDirectory() as folder:
-        cell = Cell(bench, name, Recipe("", settings), drawn(name, use, Path(folder)), seed, use.captions, Level())
+        cell = Cell(bench, name, Recipe(settings), drawn(name, use, Path(folder)), seed, use.captions, Level())
         if use.masks:  # what is outside may become anything
             cell.training, cell.heldout = with_masks(cell.training), with_masks(cell.heldout)
         return cell.run()[0]

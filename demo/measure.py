@@ -18,7 +18,13 @@ from typing import Any
 import torch
 
 from dev.in_process import ROOT, import_comfyui
+from textual_inversion import TrainConfig, initial_embedding, train
 from textual_inversion.config import Kind
+from textual_inversion.dataset import fixed_batches, make_dataset
+from textual_inversion.objective import mean_loss
+from textual_inversion.pictures import load_folder
+from toy_model.words import CHARACTER_NAMES, STYLE_NAMES
+from toy_model.world import COLOURS, EARS, HATS, PATTERNS, SCENES, SHAPES
 
 CONCEPTS = ROOT / "demo/concepts"
 CHECKPOINT = ROOT / "demo/models/toy.safetensors"
@@ -54,7 +60,6 @@ class Bench:
         import comfy.sd
 
         from textual_inversion.adapters.comfyui import ComfyModel
-        from textual_inversion.pictures import load_folder
 
         from . import comfyui_pack  # noqa: F401  lets ComfyUI recognise the checkpoint
 
@@ -63,20 +68,16 @@ class Bench:
         assert model is not None
         assert clip is not None
         assert vae is not None
-        self.model, self._load_folder = ComfyModel(model, clip, vae), load_folder
+        self.model = ComfyModel(model, clip, vae)
 
     def dataset(self, concept: Concept, part: str, config: Any, with_captions: bool = True):
         """``part`` is train or heldout."""
-        from textual_inversion.dataset import make_dataset
 
-        images, _, captions, _ = self._load_folder(concept.folder / part, 0, False)
+        images, _, captions, _ = load_folder(concept.folder / part, 0, False)
         return make_dataset(self.model.encode_images, images, [], captions if with_captions else [], config)
 
     def heldout_loss(self, dataset, embedding, text: str, noise_levels: int = NOISE_LEVELS) -> float:
         """Loss of the captions with ``text`` in the place of the word. Call inside ``with model.training():``."""
-        from textual_inversion import TrainConfig
-        from textual_inversion.dataset import fixed_batches
-        from textual_inversion.objective import mean_loss
 
         prompts = [(choices[0].replace(embedding.trigger, text),) for choices in dataset.prompts]
         batches = fixed_batches(replace(dataset, prompts=prompts), TrainConfig(batch_size=32), noise_levels)
@@ -89,7 +90,6 @@ class Bench:
 
     def learn(self, concept: Concept, words: list[str], **settings) -> dict[str, Any]:
         """Learns the concept with the node's defaults and measures it."""
-        from textual_inversion import TrainConfig, initial_embedding, train
 
         config = TrainConfig(initializer=concept.initializer, kind=concept.kind, **settings)
         training, heldout = (self.dataset(concept, part, config) for part in ("train", "heldout"))
@@ -112,8 +112,6 @@ class Bench:
 
 def world_words() -> list[str]:
     """Every single word the demo model has been trained on that could stand for a thing or a style."""
-    from toy_model.words import CHARACTER_NAMES, STYLE_NAMES
-    from toy_model.world import COLOURS, EARS, HATS, PATTERNS, SCENES, SHAPES
 
     return sorted({*CHARACTER_NAMES, *STYLE_NAMES, *COLOURS, *EARS, *HATS, *PATTERNS, *SCENES, *SHAPES} - {"none"})
 

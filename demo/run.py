@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from dev.comfyui_server import ComfyServer
 from dev.get_comfyui import ROOT
+from textual_inversion import TrainConfig, formats, initial_embedding
 from toy_model import wild
 from toy_model.make_concepts import draw_concepts
 
@@ -132,7 +133,6 @@ def measured(concept: Concept, learned: Path, trigger: str) -> dict[str, float]:
     The loss of the true and complete description says how much words can explain at all.
     """
     bench = Bench(WILD)
-    from textual_inversion import TrainConfig, formats, initial_embedding
 
     config = TrainConfig(trigger=trigger, initializer=concept.initializer)
     word = formats.read(learned)

@@ -9,7 +9,7 @@ from ..textual_inversion import UserError
 from ..textual_inversion.adapters.comfyui import ComfyModel
 from ..textual_inversion.errors import listed
 from ..textual_inversion.library import Concept, learn_together, unknown_words
-from ..textual_inversion.training import Reply, still_improving
+from ..textual_inversion.training import next_of, still_improving
 from .concept_run import Notes, Request, Result, TrainingRun
 from .files import embeddings_folder, output_folder, temporary_folder
 from .live import LiveRun
@@ -64,20 +64,13 @@ def learn_all(model: ComfyModel, runs: Sequence[TrainingRun], at_once: int) -> N
             run.use(trainable)
         news, reply = learn_together(trainable, runs, at_once), None
         try:
-            while (item := _next(news, reply)) is not None:
+            while (item := next_of(news, reply)) is not None:
                 run, step = item
                 reply = run.take(step)
         except BaseException:  # ComfyUI's interrupt is not an Exception
             for run in runs:
                 run.rescue()
             raise
-
-
-def _next(news, reply: Reply):
-    try:
-        return news.send(reply)
-    except StopIteration:
-        return None
 
 
 def remove_state(run: TrainingRun) -> None:

@@ -29,16 +29,15 @@ from .processes import ALONE, Processes
 from .prompts import check_trigger, usable_trigger
 from .report import learned_embedding, more_steps, report
 from .state import fingerprint
-from .training import Reply, Step, check_prompts, earliest_end
+from .training import Reply, Step, check_prompts, earliest_end, next_of
 from .unfinished import Entry, Unfinished, UnfinishedFiles
 from .vocabulary import initial_embedding
 
 if TYPE_CHECKING:
     from .adapters.diffusers_pipeline import DiffusersModel
 
-LARGEST_NATIVE_SIZE = (
-    1024  # of the families: pictures are read before the model, in memory that does not grow with them
-)
+# Of all families. Pictures are read before the model, in memory that does not grow with them.
+LARGEST_NATIVE_SIZE = 1024
 SAVE_EVERY = 10  # steps between writes of what is needed to go on
 INTERRUPTED = "Interrupted at step {}."
 Existing = Literal["skip", "replace"]
@@ -348,11 +347,8 @@ class Run:
         news = learn_together(model, self.words, at_once, self.processes, known, self._after_round)
         reply: Reply = None
         try:
-            while True:
-                try:
-                    word, step = news.send(reply)
-                except StopIteration:
-                    break
+            while (item := next_of(news, reply)) is not None:
+                word, step = item
                 reply = self._take(word, step, bar)
         except KeyboardInterrupt:  # the second one
             (word, *others) = self.words
@@ -378,7 +374,7 @@ class Run:
                 bar.tell(f"{word.concept.trigger} starts over: the model changed since its unfinished run.")
             if self.plan.is_library:  # what a step takes is said once
                 logging.getLogger(__package__).setLevel(logging.WARNING)
-        elif word.last is not None and news.number > word.last.number:
+        elif news.number > word.last.number:
             bar.show(word, news)
         word.last = news
         if self.plan.is_library or not news.number or word.problem:

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -96,6 +96,7 @@ class Choice:
 Reply = float | bool | Choice | None  # what a `Learner` is sent
 Learner = Generator[Share | Step, Reply, None]
 """One concept that learns (see ``learn``)."""
+Item = TypeVar("Item")
 
 
 def train(
@@ -133,10 +134,10 @@ def train(
                 (reply,) = compute_gradients(model, asked, processes=processes)
 
 
-def next_of(learner: Learner, reply: Reply) -> Share | Step | None:
-    """What ``learner`` asks or tells after this reply; None when it has ended."""
+def next_of(generator: Generator[Item, Reply, None], reply: Reply) -> Item | None:
+    """What ``generator`` yields after this reply; None when it has ended."""
     try:
-        return learner.send(reply)
+        return generator.send(reply)
     except StopIteration:
         return None
 
@@ -216,7 +217,7 @@ def learn(
             if isinstance(stop, Choice):
                 fixed_loss = _keep(stop, state, evaluator)
             else:
-                fixed_loss = None if known else _evaluate(state, evaluator, config)
+                fixed_loss = None if known else _evaluate(state, evaluator)
         yield Step(state.progress, 0.0, fixed_loss, state)
 
 
@@ -274,10 +275,10 @@ def _evaluate_if_due(state: TrainState, evaluator: Evaluator, config: TrainConfi
     step, began = state.progress.step, state.progress.began
     apart = step - state.progress.evaluated_step
     due = step > began and apart >= evaluator.steps_apart(step)
-    return _evaluate(state, evaluator, config) if apart and (due or step in (began, config.steps)) else None
+    return _evaluate(state, evaluator) if apart and (due or step in (began, config.steps)) else None
 
 
-def _evaluate(state: TrainState, evaluator: Evaluator, config: TrainConfig) -> float:
+def _evaluate(state: TrainState, evaluator: Evaluator) -> float:
     """The fixed loss of the averaged vectors. Decides what is kept, and ends the head start of the per-image tokens."""
     progress, ema = state.progress, state.ema
     last = evaluator.evaluate(progress.step, ema, progress.evaluations)
