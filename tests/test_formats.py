@@ -794,6 +794,25 @@ def test_second_file_of_a_pair_replaces_no_other(tmp_path, embedding):
     )
 
 
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (SDXL, SDXL),  # what the format comfyui writes of two words
+        (SD1, SD1),
+        ({"emb": 768}, {"emb": 1280}),
+        ({"<cat>": 768}, {"<cat>": 768}),
+        ({"<cat>": 768}, {"<dog>": 1280}),
+    ],
+)
+def test_two_files_with_the_same_keys_are_no_pair(tmp_path, embedding, one, two):
+    for name, encoders in (("cat", one), ("cat_2", two)):
+        save_file(vectors(encoders), tmp_path / f"{name}.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=r"cat_2\.safetensors is another embedding: choose another name, or move"):
+        formats.write(embedding, tmp_path / "cat.safetensors", "diffusers")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("trigger", ["bundle_emb.a.clip_l", "cat_out", "t5", "emb", "clip_l", "S*", "../up"])
 @pytest.mark.parametrize("format", formats.FORMATS)
 def test_no_word_keeps_vectors_from_being_saved(tmp_path, format, trigger):

@@ -441,11 +441,12 @@ def _claim(targets: list[Path]) -> bool:
 
 
 def _are_pair(first: Path, second: Path) -> bool:
-    """Whether ``second`` is what diffusers' format wrote beside ``first``."""
+    """Whether ``second`` is what diffusers' format wrote beside ``first``: one word, for encoders of two widths."""
     try:
-        return open_file(first)[0].keys() == open_file(second)[0].keys()
-    except UserError:
+        ((word, one),), ((other, two),) = (open_file(path)[0].items() for path in (first, second))
+    except (UserError, ValueError):  # no embedding, or more than one tensor
         return False
+    return word == other and not _is_layout(word, ENCODERS) and one.shape[-1] != two.shape[-1]
 
 
 def find(folder: Path, name: str) -> Path | None:
