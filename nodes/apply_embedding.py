@@ -68,7 +68,7 @@ class ApplyEmbedding(io.ComfyNode):
         said = " ".join(dict.fromkeys(told))
         if said:
             logging.info("Apply Embedding: %s", said)
-        return io.NodeOutput(applied, ui=ui.PreviewText(said)) if said else io.NodeOutput(applied)
+        return io.NodeOutput(applied, ui=ui.PreviewText(said))  # an empty one clears what it said before
 
 
 def _apply(clip: CLIP, embedding: Embedding, trigger: str, strength: float) -> tuple[CLIP, list[str]]:

@@ -202,8 +202,9 @@ class TrainingRun:
         """Finds the unfinished run of the same settings and pictures."""
         with self.notes.side_job("The unfinished run of before cannot be read"):
             self.unfinished = self.state_file.read()
-        at = self.unfinished["training"]["progress"]["step"] if self.unfinished else 0
-        if at >= self.config.steps and not self.one_of_several:  # done: it waits for more steps
+        found = self.unfinished
+        done = found and found.get("done") and found["training"]["progress"]["step"] >= self.config.steps
+        if done and not self.one_of_several:  # it waits for more steps
             self.state_file.remove()
             self.unfinished = None
 
@@ -444,14 +445,18 @@ class TrainingRun:
         shape = {"aspect": picture.shape[2] / picture.shape[1], "result": is_result}
         self.live.tell(self.live.record.state, pictures=[*self.live.record.pictures, {"step": number, **shape, **file}])
 
-    def save(self, step: Step, told: str = "") -> None:
-        """Writes what is needed to resume; ``told`` is what the panel says once it is written."""
+    def save(self, step: Step, told: str = "", done: bool = False) -> None:
+        """Writes what is needed to resume; ``told`` is what the panel says once it is written.
+
+        ``done``: the run has given its result, and goes on only with more steps.
+        """
         with self.notes.side_job("This run cannot be resumed, since its state cannot be saved"):
             self.state_file.write(
                 {
                     "training": step.state.to_dict(),
                     "initializer": self.config.initializer,
                     "stopped": self.stopped,
+                    "done": done,
                     "losses": self.losses,
                     "fixed": self.fixed,
                 }

@@ -1,4 +1,5 @@
 from collections.abc import MutableMapping
+from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
@@ -13,6 +14,11 @@ from .sockets import CATEGORY
 
 # Files of a folder that are not used, by its first picture: for Train's report.
 LEFT_OUT: MutableMapping[Tensor, list[LeftOut]] = WeakTensorKeyDictionary()
+
+Files = list[tuple[str, int, int]]  # path, time of the last change, size
+# By node: the folders it has read, as they were, and how often one of them was found changed.
+USED: dict[str, dict[Path, Files]] = {}
+CHANGES: dict[str, int] = {}
 
 
 class LoadImages(io.ComfyNode):
@@ -80,6 +86,7 @@ class LoadImages(io.ComfyNode):
                     "'trigger' of Train to learn every folder in a folder.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -89,12 +96,14 @@ class LoadImages(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, path, crop, size):
-        place = chosen_folder(folder, path)
-        if not (place and place.is_dir()):
-            return []
-        folders = [place, *concepts_inside(place, roots())]  # what lies beside pictures changes nothing
-        files = [entry for one in folders for entry in sorted(one.iterdir()) if entry.is_file()]
-        return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+        if folder is not None and path is not None:
+            return _files_in(chosen_folder(folder, path))
+        # One of them is connected, and ComfyUI does not say to what: whether anything changed where this node has been.
+        node = cls.hidden.unique_id
+        before = USED.setdefault(node, {})
+        USED[node] = {place: _files_in(place) for place in before}
+        CHANGES[node] = CHANGES.get(node, 0) + (USED[node] != before)
+        return CHANGES[node]
 
     @classmethod
     def execute(cls, folder, path, crop, size) -> io.NodeOutput:
@@ -103,8 +112,20 @@ class LoadImages(io.ComfyNode):
             raise UserError(
                 "Load Images has no pictures: press 'Add pictures' in it, or choose a folder with pictures."
             )
+        if cls.hidden and cls.hidden.unique_id in USED:
+            USED[cls.hidden.unique_id][place] = _files_in(place)
         loaded, triggers = load_concepts(place, size, crop == "square", roots())
         LEFT_OUT[loaded.images[0]] = loaded.left_out
         left_out = [file._asdict() for file in loaded.left_out]
         outputs = loaded.images, loaded.masks, loaded.captions, triggers
         return io.NodeOutput(*outputs, ui={"left_out": left_out})
+
+
+def _files_in(folder: Path | None) -> Files:
+    """What a change of shows that pictures or captions changed. What lies beside them changes nothing."""
+    if folder is None or not folder.is_dir():
+        return []
+    folders = [folder, *concepts_inside(folder, roots())]
+    files = [entry for one in folders for entry in sorted(one.iterdir()) if entry.is_file()]
+    files = [file for file in files if not file.name.startswith(".")]  # hidden, such as those that Finder writes
+    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]

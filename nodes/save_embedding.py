@@ -68,6 +68,8 @@ class SaveEmbedding(io.ComfyNode):
     @classmethod
     def execute(cls, embedding, name, overwrite, format=("comfyui",), picture=(None,)) -> io.NodeOutput:
         """Several embeddings are saved one by one; of the other inputs the last value serves those that are left."""
+        if len(embedding) == 1:
+            picture = picture[-1:]  # of many, the last one is its thumbnail
         inputs: list[Any] = [embedding, name, overwrite, format, picture]
         count = max(map(len, inputs))
         orders = [_Order(*(values[min(number, len(values) - 1)] for values in inputs)) for number in range(count)]

@@ -78,7 +78,7 @@ def remove_state(run: TrainingRun) -> None:
     with run.notes.side_job("The saved state of this run cannot be removed"):
         run.state_file.remove()
     if run.last and still_improving(run.last.progress, run.config):
-        run.save(run.last)
+        run.save(run.last, done=True)
 
 
 class Progress:

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -294,6 +295,14 @@ def test_captions_of_every_name_and_encoding(tmp_path, name, encoding):
     assert left_out == []
 
 
+@pytest.mark.parametrize("of_picture", ["NFC", "NFD"])
+def test_accents_of_file_names_are_spelled_in_two_ways(tmp_path, of_picture):
+    of_caption = {"NFC": "NFD", "NFD": "NFC"}[of_picture]
+    picture().save(tmp_path / unicodedata.normalize(of_picture, "café.png"))
+    (tmp_path / unicodedata.normalize(of_caption, "Café.txt")).write_text("a caption")
+    assert load_folder(tmp_path, 0).captions == ["a caption"]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -500,7 +509,8 @@ def test_fingerprint_sees_new_and_changed_files(tmp_path, monkeypatch):
     assert third != second
     (tmp_path / "inside").mkdir()
     picture().save(tmp_path / "inside/b.png")
-    assert fingerprint() == third, "a folder beside pictures is not read"
+    (tmp_path / ".DS_Store").write_bytes(b"written by Finder")
+    assert fingerprint() == third, "neither a folder beside pictures nor a hidden file is read"
     (tmp_path / "a.png").unlink()
     concepts = fingerprint()
     picture(64, 64).save(tmp_path / "inside/b.png")

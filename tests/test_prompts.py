@@ -1,6 +1,7 @@
 """Words in prompts: in every script, beside each other, and never inside of others or of file names."""
 
 import itertools
+import unicodedata
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from textual_inversion.prompts import (
     place_trigger,
     plain,
     replace_triggers,
+    usable_trigger,
     without_trigger,
 )
 
@@ -153,3 +155,19 @@ def test_a_chained_word_replaces_its_like_in_any_case(graph):
         vectors = [token for token, _ in rows[0] if torch.is_tensor(token)]
         assert len(vectors) == 2
         assert all((vector == 2.0).all() for vector in vectors)
+
+
+@pytest.mark.parametrize("trigger", ["<café>", "été", "Ñandú*", "がく", "한글"])
+@pytest.mark.parametrize(("known", "typed"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_are_spelled_in_two_ways(trigger, known, typed):
+    """As names from a Mac and as keyboards write them; both look the same."""
+    word = unicodedata.normalize(known, trigger)
+    prompt = unicodedata.normalize(typed, f"a photo of {trigger} on grass, ({trigger}:1.2)")
+    assert marked(prompt, word) == "a photo of <0> on grass, (<0>:1.2)"
+    assert usable_trigger(word) == usable_trigger(unicodedata.normalize(typed, trigger))
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_an_accent_at_the_end_is_a_part_of_its_letter(form):
+    assert not has_trigger(unicodedata.normalize(form, "a photo of cafés"), "café")
+    assert not has_trigger(unicodedata.normalize(form, "a photo of a café"), "cafe")

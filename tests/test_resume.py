@@ -81,6 +81,25 @@ def test_cancelled_run_goes_on_from_its_last_step(mortal, reference):
     assert found == reference
 
 
+def test_run_cancelled_while_its_last_preview_is_drawn_goes_on(mortal, reference):
+    def cancel(event):
+        if event["type"] == "textual_inversion.run" and event["data"]["state"] == "finishing":
+            mortal.interrupt()
+
+    prompt = graph()
+    prompt["learn"]["inputs"]["preview_every"] = 100
+    assert mortal.run(prompt, on_event=cancel, check=False).error is not None
+    found, message = learned(mortal)
+    assert message.startswith("Resumed the unfinished run at step 40. Ended at the upper bound")
+    assert found == reference
+
+
+def test_unfinished_run_with_fewer_steps_ends_with_what_it_has(mortal):
+    kill_at(mortal, 25, seed=7)
+    _, message = learned(mortal, steps=15, seed=7)
+    assert message.startswith("Resumed the unfinished run at step 20. Ended at the upper bound")
+
+
 def test_a_damaged_state_starts_over_and_says_so(mortal, reference):
     cancelled(mortal, graph())
     path = max(states(mortal), key=os.path.getmtime)

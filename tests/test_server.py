@@ -251,6 +251,38 @@ def test_separate_loaders(server):
     assert stock.history["outputs"]["hash"] == outputs["hash"]
 
 
+def test_a_connected_path_is_read_again_only_where_pictures_change(server):
+    folder = server.base / "input/connected"
+    folder.mkdir()
+
+    def loaded(colour: str = "") -> bool:
+        if colour:
+            Image.new("RGB", (64, 64), colour).save(folder / "a.png")
+        graph = {
+            "path": node("PrimitiveString", value=str(folder)),
+            "images": node("TI_LoadImages", folder="", path=["path", 0], crop="square", size=64),
+            "shown": node("PreviewImage", images=["images", 0]),
+        }
+        (cached,) = (
+            event["data"]["nodes"] for event in server.run(graph).events if event["type"] == "execution_cached"
+        )
+        return "images" not in cached
+
+    assert loaded("red")
+    assert not loaded()
+    assert loaded("blue")
+    assert not loaded()
+
+
+def test_of_several_pictures_the_last_is_the_thumbnail(server):
+    """One embedding is saved once, however many pictures are connected."""
+    graph = learning_graph(seed=31, preview_every=0)
+    saved = {"name": "once", "overwrite": True, "picture": ["images", 0]}
+    graph["save"] = node("TI_SaveEmbedding", embedding=["train", 0], **saved)
+    assert server.run(graph).history["outputs"]["save"]["text"][-1] == "Its thumbnail is once.preview.png."
+    assert len(list((server.base / "models/embeddings").glob("once*"))) == 2
+
+
 @pytest.mark.parametrize("name", ["thumbnail", "thumbnail_v1.5"])
 def test_a_picture_becomes_the_thumbnail(server, name):
     """ComfyUI's own model library shows it, Load Embedding does not take it for an embedding."""

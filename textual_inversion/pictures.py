@@ -2,6 +2,7 @@
 
 import codecs
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -100,9 +101,9 @@ def folder_files(folder: Path, roots: Sequence[Path] = ()) -> FolderFiles:
     texts.sort(key=lambda file: CAPTION_SUFFIXES.index(file.suffix.lower()))
     captions: dict[str, Path] = {}
     for file in texts:
-        captions.setdefault(file.stem, file)
+        captions.setdefault(_composed(file.stem), file)
     for file in texts:  # file names that a system without capitals takes for the same
-        captions.setdefault(file.stem.casefold(), file)
+        captions.setdefault(_composed(file.stem).casefold(), file)
     pictures = [file for file in files if not is_caption(file.name)]
     return FolderFiles(
         pictures, captions, [LeftOut(file.name, "it is a link to elsewhere: copy the file itself") for file in outside]
@@ -121,8 +122,14 @@ def is_caption(name: str) -> bool:
 
 def caption_file(picture: Path, captions: Mapping[str, Path]) -> Path | None:
     """NAME.png.txt, NAME.txt or NAME.caption of NAME.png, of the ``captions`` of its folder."""
-    names = (picture.name, picture.name.casefold(), picture.stem, picture.stem.casefold())
+    name, stem = _composed(picture.name), _composed(picture.stem)
+    names = (name, name.casefold(), stem, stem.casefold())
     return next((captions[name] for name in names if name in captions), None)
+
+
+def _composed(name: str) -> str:
+    """With accents as parts of their letters: names from a Mac have them as characters of their own."""
+    return unicodedata.normalize("NFC", name)
 
 
 def caption_of(picture: Path, captions: Mapping[str, Path]) -> tuple[str, list[LeftOut]]:

@@ -94,7 +94,11 @@ def check_trigger(trigger: str) -> None:
 
 
 def usable_trigger(name: str) -> str:
-    """A word that prompts can carry, made of the name of a file: dots stay, what a prompt gives a meaning becomes _."""
+    """A word that prompts can carry, made of the name of a file: dots stay, what a prompt gives a meaning becomes _.
+
+    Accents are parts of their letters, as keyboards write them (Unicode's NFC).
+    """
+    name = unicodedata.normalize("NFC", name)
     word = "".join(letter if letter == "." or letter.isprintable() else "_" for letter in name[:_LONGEST_NAME])
     word = _FORBIDDEN.sub(lambda match: match.group() if match.group() == "." else "_", word).strip(".") or "word"
     return f"_{word}" if word.lower().startswith("embedding") else word
@@ -138,7 +142,9 @@ def without_trigger(text: str, trigger: str) -> str:
 
 def _word(trigger: str) -> str:
     """The pattern of a trigger word. Only beside its own letters others could make another word of it."""
-    word, letter = re.escape(trigger), re.compile(_LETTER)
+    # An accent may be part of its letter, or a character after it, as in names from a Mac; both look the same.
+    spellings = dict.fromkeys(unicodedata.normalize(form, trigger) for form in ("NFC", "NFD"))
+    word, letter = f"(?:{'|'.join(map(re.escape, [trigger, *spellings]))})", re.compile(_LETTER)
     left = rf"(?<!{_LETTER})(?<!{_LETTER}-)" if letter.match(trigger[0]) else ""
     right = rf"(?!{_LETTER})(?!-{_LETTER})" if letter.match(trigger[-1]) else ""
     return f"{HERE}{word}{HERE}|(?<!{MARK}){left}{word}{right}(?!{MARK})"
