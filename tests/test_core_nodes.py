@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
+import comfy.sd
 import comfy_extras.nodes_hooks
 import folder_paths
 import pytest
@@ -60,10 +61,14 @@ def graphs():
 
 
 def lora_of(model) -> dict[str, torch.Tensor]:
+    return lora_on(model.model.diffusion_model.state_dict(), "diffusion_model.")
+
+
+def lora_on(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     generator, state = torch.Generator().manual_seed(0), {}
-    for key, weight in model.model.diffusion_model.state_dict().items():
+    for key, weight in weights.items():
         if key.endswith(".weight") and weight.ndim == 2:
-            name = f"diffusion_model.{key.removesuffix('.weight')}"
+            name = prefix + key.removesuffix(".weight")
             state[f"{name}.lora_up.weight"] = 0.2 * torch.randn(weight.shape[0], 2, generator=generator)
             state[f"{name}.lora_down.weight"] = 0.2 * torch.randn(2, weight.shape[1], generator=generator)
     return state
@@ -224,6 +229,29 @@ def test_hooks_on_the_clip_are_refused(graphs):
             ComfyModel(model, hooked, vae)
     (plain,) = comfy_extras.nodes_hooks.SetClipHooks().apply_hooks(clip, False, True)
     ComfyModel(model, plain, vae)
+
+
+def test_a_lora_in_bypass_mode_works_in_every_pass(graphs):
+    """On the text encoder as on the network, also after a preview, and as a merged one does."""
+    model, clip, vae = graphs["SD1"]
+    weights = {key: weight for key, weight in clip.cond_stage_model.state_dict().items() if ".layers." in key}
+    lora = lora_of(model) | lora_on(weights, "text_encoders.")
+
+    def losses(load) -> list[float]:
+        with torch.inference_mode():
+            changed = (*load(model, clip, dict(lora), 0.5, 0.5), vae)
+        ours = ComfyModel(*changed)
+        batch = fixed_batches(prepared(NAMED["SD1"], ours, CONFIG), CONFIG)[0]
+        with ours.training() as trainable, torch.no_grad():
+            word = initial_embedding(trainable.vocabularies(), "S*", "toy", 1)
+            found = [batch_loss(trainable, [word], batch).item() for _ in range(3)]
+            with trainable.paused() as paused:
+                paused.generate(PROMPT, word, (4, 8, 8), 0, 1, 2.0)
+            return [*found, batch_loss(trainable, [word], batch).item()]
+
+    bypassed = losses(comfy.sd.load_bypass_lora_for_models)
+    assert bypassed == pytest.approx(losses(comfy.sd.load_lora_for_models), rel=1e-4)
+    assert bypassed != pytest.approx(losses(lambda model, clip, *_: (model, clip)), rel=1e-3)
 
 
 def raising(error: Exception):

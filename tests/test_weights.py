@@ -14,6 +14,7 @@ import comfy_extras.nodes_model_merging
 import pytest
 import torch
 import torch.nn.functional as F
+from comfy.patcher_extension import PatcherInjection
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
 from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -342,6 +343,18 @@ def test_dynamic_vram_without_a_way_to_load_again_is_refused(monkeypatch):
     monkeypatch.setattr(type(graph[0]), "is_dynamic", lambda _patcher: True)
     with pytest.raises(UserError, match=r"MODEL and CLIP cannot be loaded a second time.*--disable-dynamic-vram"):
         ComfyModel(*graph)
+
+
+@pytest.mark.parametrize("part", ["MODEL", "CLIP"])
+def test_dynamic_vram_with_a_lora_in_bypass_mode_is_refused(monkeypatch, part):
+    """The LoRA is tied to the modules of the model that is there, and training would load another one."""
+    model, clip, vae = build(NAMED["SD1"])
+    patcher = model if part == "MODEL" else clip.patcher
+    patcher.set_injections("bypass_lora", [PatcherInjection(lambda _patcher: None, lambda _patcher: None)])
+    ComfyModel(model, clip, vae)  # as with --disable-dynamic-vram
+    monkeypatch.setattr(type(model), "is_dynamic", lambda _patcher: True)
+    with pytest.raises(UserError, match=rf"LoRA in bypass mode adds to {part}: use Load LoRA.*--disable-dynamic-vram"):
+        ComfyModel(model, clip, vae)
 
 
 def test_a_preview_loads_nothing_again(monkeypatch):

@@ -42,7 +42,7 @@ from .comfyui_tokens import (
     supports_embedding_files,
     text_encoders,
     vocabularies,
-    with_embeddings,
+    with_triggers,
 )
 from .protocol import DiffusionModel, TrainableModel
 
@@ -110,9 +110,15 @@ def _without_dynamic_vram(model: ModelPatcher, clip: CLIP) -> tuple[ModelPatcher
     its Train LoRA, loads a second MODEL and CLIP from their files.
 
     Raises:
-        UserError: what loaded them cannot do it again.
+        UserError: what loaded them cannot do it again, or a LoRA would stay behind: in bypass mode it is tied to the
+            modules of the first.
     """
-    dynamic = [name for name, patcher in (("MODEL", model), ("CLIP", clip.patcher)) if patcher.is_dynamic()]
+    dynamic = {name: patcher for name, patcher in (("MODEL", model), ("CLIP", clip.patcher)) if patcher.is_dynamic()}
+    if bypassed := [name for name, patcher in dynamic.items() if patcher.injections]:
+        raise UserError(
+            f"Training under dynamic VRAM would lose what a LoRA in bypass mode adds to {' and '.join(bypassed)}: use "
+            "Load LoRA instead of Load LoRA (Bypass), or start ComfyUI with --disable-dynamic-vram."
+        )
     try:
         model, clip = model.clone(disable_dynamic=True), clip.clone(disable_dynamic=True)
     except RuntimeError as error:
@@ -288,7 +294,7 @@ class ComfyModel:
         return vocabularies(self._clip)
 
     def check_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> None:
-        clip = with_embeddings(self._clip, *embeddings)
+        clip = with_triggers(self._clip, *embeddings)
         for prompt in dict.fromkeys(prompts):
             tokens = clip.tokenize(prompt)
             for encoder in text_encoders(clip):
@@ -330,7 +336,7 @@ class ComfyModel:
         return latents
 
     def encode_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> Conditioning:
-        clip = with_embeddings(self._clip, *moved(embeddings, self._clip.patcher.load_device))
+        clip = with_triggers(self._clip, *moved(embeddings, self._clip.patcher.load_device))
         return encode(clip, prompts, self.device)
 
     def text_outputs(self, prompts: Sequence[str], *embeddings: Embedding) -> list[Tensor]:
@@ -421,7 +427,7 @@ class ComfyModel:
         negative: str = "",
     ) -> Tensor:
         """Drawn by ComfyUI's own sampler; see ``DiffusionModel``."""
-        clip = with_embeddings(self._clip, *([embedding] if embedding else []))
+        clip = with_triggers(self._clip, *([embedding] if embedding else []))
         wanted, unwanted = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, negative))
         latent = torch.zeros(1, *shape)
         samples = comfy.sample.sample(

@@ -169,10 +169,16 @@ def _mixed(mixin: type, kind: type) -> type:
 
 
 def with_embeddings(clip: CLIP, *embeddings: Embedding) -> CLIP:
+    """``with_triggers`` for other nodes: the copy has a patcher of its own, which they may change."""
+    return with_triggers(clip.clone(), *embeddings)
+
+
+def with_triggers(clip: CLIP, *embeddings: Embedding) -> CLIP:
     """A copy of ``clip`` in which the trigger of each embedding stands for its vectors.
 
-    The copy shares the weights; ``clip`` itself stays as it is. May be chained. Its tokenizer keeps the
-    rows that go among the tokens: ``clip.tokenizer.embeddings[trigger][key]``.
+    Only the tokenizer is another one. The patcher stays: when a clone of it dies, ComfyUI takes LoRAs in bypass mode
+    off the modules that both share. May be chained. The tokenizer keeps the rows that go among the tokens:
+    ``clip.tokenizer.embeddings[trigger][key]``.
 
     Raises:
         UserError: an embedding has vectors for no encoder of the CLIP. To an encoder without, the trigger stays text.
@@ -184,7 +190,7 @@ def with_embeddings(clip: CLIP, *embeddings: Embedding) -> CLIP:
         vectors = embedding.for_encoders(keys, complete=False).vectors
         known = {word: rows for word, rows in known.items() if word.casefold() != embedding.trigger.casefold()}
         known[embedding.trigger] = {key: Rows(rows[n] for n in range(len(rows))) for key, rows in vectors.items()}
-    clip = clip.clone()
+    clip = copy.copy(clip)
     clip.tokenizer = _mix_in(_TriggersToNames, clip.tokenizer)
     clip.tokenizer.embeddings = known
     for slot, part in list(vars(clip.tokenizer).items()):
