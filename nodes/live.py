@@ -188,7 +188,10 @@ def add_run_routes() -> None:
         run, step = _run(request), int(request.match_info["step"])
         if run is None or step not in run.pictured:
             return web.json_response({"error": "The embedding of this picture is gone."}, status=404)
-        saved = await asyncio.to_thread(keep, run, step)
+        try:
+            saved = await asyncio.to_thread(keep, run, step)
+        except OSError as error:
+            return web.json_response({"error": error.strerror or str(error)}, status=507)
         if saved is None:
             return web.json_response({"error": "The run is ending: try again when it has ended."}, status=409)
         return web.json_response({"saved": saved})

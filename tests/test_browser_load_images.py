@@ -292,6 +292,40 @@ def test_a_dropped_folder_of_folders_adds_concepts(page, server, tmp_path):
     expect(note(page)).to_contain_text("Left out cat/: it is a folder beside pictures: only these are read.")
 
 
+def test_captions_of_a_dropped_folder_go_to_the_pictures_beside_them(page, server, tmp_path):
+    """Pictures of the same name in several folders, captions in a folder apart, and a folder nobody can make."""
+    library = tmp_path / "things"
+    for file in ("mug/front/1", "mug/back/1", "a: bad/1", "cup/1"):
+        (library / file).parent.mkdir(parents=True)
+        (library / f"{file}.jpg").write_bytes(picture("red", size=(len(file) * 8, 32)))
+        (library / f"{file}.txt").write_text(f"a {file}")
+    (library / "cup/texts").mkdir()
+    (library / "cup/2.jpg").write_bytes(picture("blue"))
+    (library / "cup/texts/2.txt").write_text("apart")
+    drop_folder(page, library)
+    expect(count(page)).to_have_text("2 concepts, 4 pictures, 4 with captions")
+    expect(note(page)).to_have_text(re.compile("No folder can be called 'things/a: bad'"))
+    added = server.base / "input/things"
+    for name in ("mug/front/1", "mug/back/1", "cup/1"):
+        (own,) = (file for file in added.rglob("*.jpg") if Image.open(file).width == len(name) * 8)
+        assert own.with_suffix(".txt").read_text().strip() == f"a {name}"
+    assert (added / "cup/2.txt").read_text().strip() == "apart"
+
+
+def test_looking_at_a_caption_does_not_change_its_file(page, server):
+    pick(page, files(a_png=picture("red"), a_txt=b"a photo of {}\r\non grass\r\n"))
+    expect(count(page)).to_have_text("1 picture, 1 with captions")
+    (file,) = (server.base / "input" / widget(page, "folder")).glob("*.txt")
+    before = file.read_bytes(), file.stat().st_mtime_ns
+    tiles(page).first.locator("button").first.click()
+    expect(page.locator("dialog textarea")).to_have_value("a photo of {}\non grass")
+    page.keyboard.press("Escape")
+    expect(page.locator("dialog")).to_have_count(0)
+    pick(page, files(b_png=picture("blue")))
+    expect(tiles(page)).to_have_count(2)
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == before
+
+
 def test_pasted_pictures_are_added(page):
     paste = """([data, selector]) => {
         const clipboardData = new DataTransfer();

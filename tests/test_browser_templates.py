@@ -140,6 +140,9 @@ def test_block_is_what_the_front_end_expects(page):
     page.evaluate("workflow => app.loadGraphData(workflow)", read(BLOCK))
     page.wait_for_function("app.rootGraph.nodes[0]?.subgraph?.nodes.length === 4")
     expect(page.get_by_text("Invalid workflow")).to_have_count(0)
+    # The kind "custom" may be chosen outside, where the node inside does not see it.
+    train = "app.rootGraph.nodes[0].subgraph.nodes.find((node) => node.type === 'TI_Train')"
+    assert page.evaluate(f"{train}.widgets.find((widget) => widget.name === 'template').hidden") is False
 
 
 def test_block_is_found_inserted_and_run(page):
@@ -204,6 +207,9 @@ def test_what_apply_embedding_has_to_say_is_seen(page):
     said = "id => app.rootGraph.getNodeById(id).widgets.find((widget) => widget.name === 'preview_text')?.value"
     page.wait_for_function(f"({said})(4) === \"Replaces the 'Zorp' from before.\"")
     assert page.evaluate(said, 3) is None
+    page.evaluate("app.rootGraph.getNodeById(4).widgets.find((widget) => widget.name === 'trigger').value = 'Other'")
+    page.evaluate("app.queuePrompt(0)")
+    page.wait_for_function(f"({said})(4) === ''")
 
 
 def test_the_model_library_shows_what_is_saved(page, interface):

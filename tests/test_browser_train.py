@@ -209,6 +209,18 @@ def test_five_hundred_concepts(page):
     expect(panel.get_by_role("button", name="Stop all")).to_have_count(0)
 
 
+def test_a_run_ends_while_another_workflow_is_open(page, server):
+    load(page, graph(steps=40))
+    queue(page)
+    expect(run(show(page), "learning")).to_contain_text("step")
+    load(page, graph(trigger="other"))
+    ended = "window.ended = new Promise(done => comfyAPI.api.api.addEventListener('execution_success', done))"
+    page.evaluate(f"() => {{ {ended} }}")
+    assert is_running(server)
+    page.evaluate("window.ended.then(() => null)")
+    expect(show(page).get_by_text("appear here during training")).to_be_visible()
+
+
 def test_a_cached_run_and_a_failed_one(page):
     once = graph()
     load(page, once)

@@ -2,7 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { brought, captionStem, isCaption, isPicture, partsOf, stem } from "./lib/dropped_files.js";
+import { brought, captionStem, folderOf, isCaption, isPicture, partsOf, stem } from "./lib/dropped_files.js";
 import { showFullSize } from "./lib/full_size.js";
 import { after, element, filled } from "./lib/page.js";
 import { PictureRequests, Refused, thumbnail } from "./lib/picture_requests.js";
@@ -207,14 +207,14 @@ class PictureList {
     const chosen = this.place.folder;
     const { folders } = await requests.list({ folder: chosen });
     const folder = ["", "."].includes(chosen) && count ? freeName(newFolder, folders) : chosen;
-    const names = new Map(parts.map((part) => [part, new Map()])); // of pictures: original name -> name in the folder
-    const folderOf = ({ name }) => (name ? `${folder}/${name}` : folder);
+    const names = new Map(parts.map((part) => [part, new Map()])); // of pictures: file -> name in the folder
+    const target = ({ name }) => (name ? `${folder}/${name}` : folder);
     let number = 0;
     try {
       for (const [part, file] of parts.flatMap((one) => picturesOf(one).map((picture) => [one, picture]))) {
         this.count.textContent = filled(TEXTS.adding, { number: ++number, count });
         try {
-          names.get(part).set(file.name, await requests.add(folderOf(part), file));
+          names.get(part).set(file, await requests.add(target(part), file));
         } catch (error) {
           if (!(error instanceof Refused)) throw error;
           notes.push(leftOutLine({ name: file.name, reason: error.message }));
@@ -225,8 +225,11 @@ class PictureList {
     }
     for (const part of parts) {
       const captions = part.files.filter(isCaption);
-      const listed = captions.length ? (await requests.list({ folder: folderOf(part) })).pictures : [];
-      for (const file of captions) notes.push(...(await saveCaption(file, folderOf(part), names.get(part), listed)));
+      if (!captions.length || (part.name && !names.get(part).size)) continue; // no picture of this folder was taken
+      const listed = (await requests.list({ folder: target(part) })).pictures;
+      const added = names.get(part);
+      captions.sort((a, b) => Boolean(beside(b, added)) - Boolean(beside(a, added))); // the others take what is left
+      for (const file of captions) notes.push(...(await saveCaption(file, target(part), added, listed)));
     }
     return notes;
   }
@@ -245,7 +248,8 @@ class PictureList {
       const line = element("div", { textContent: about.join(", ") });
       const text = element("textarea", { value: picture.caption, placeholder: TEXTS.caption, rows: 3 });
       text.readOnly = Boolean(this.fixed);
-      save = () => this.writeCaption(picture, text.value, place);
+      const before = text.value; // with line ends of its own
+      save = () => text.value !== before && this.writeCaption(picture, text.value, place);
       if (this.fixed) return [line, text];
       const remove = async () => {
         dialog.close();
@@ -333,11 +337,10 @@ function thumbnailOf(tile, picture, place) {
 }
 
 /** Makes a dropped text the caption of its picture. Returns messages for the user. */
-async function saveCaption(file, folder, names, listed) {
-  const wanted = captionStem(file.name); // cat of cat.txt, or cat.png of cat.png.txt
-  const belongs = (name) => name === wanted || stem(name) === wanted;
-  const renamed = [...names].find(([original]) => belongs(original));
-  const picture = listed.find(({ name }) => (renamed ? name === renamed[1] : belongs(name)));
+async function saveCaption(file, folder, added, listed) {
+  const named = [...added].filter(([picture]) => belongs(file, picture.name));
+  const own = beside(file, added) ?? (named.length === 1 ? named[0] : undefined); // captions may be in a folder apart
+  const picture = listed.find(({ name }) => (named.length ? name === own?.[1] : belongs(file, name)));
   if (!picture) return [filled(TEXTS.noPicture, file)];
   if (picture.caption) {
     return picture.caption === (await file.text()).trim() ? [] : [filled(TEXTS.captionKept, file)];
@@ -350,6 +353,19 @@ async function saveCaption(file, folder, names, listed) {
     return [leftOutLine({ name: file.name, reason: error.message })];
   }
 }
+
+/** Whether a caption is called like a picture: cat.txt, or cat.png.txt, like cat.png. */
+function belongs(caption, name) {
+  return [name, stem(name)].map(composed).includes(composed(captionStem(caption.name)));
+}
+
+/** The picture that was dropped from the same folder as a caption, and its name now. */
+function beside(caption, added) {
+  return [...added].find(([file]) => belongs(caption, file.name) && folderOf(file) === folderOf(caption));
+}
+
+/** With accents as parts of their letters: names from a Mac have them as characters of their own. */
+const composed = (name) => name.normalize("NFC");
 
 /** That a file is left out, and why; a reason may be a sentence with a full stop of its own. */
 function leftOutLine({ name, reason }) {

@@ -17,8 +17,8 @@ app.registerExtension({
     nodeType.prototype.onExecuted = function (output) {
       onExecuted?.call(this, output);
       const isThere = this.widgets.some((widget) => widget.name === "preview_text");
-      if (output.text && !isThere) addTextPreviewWidgets(this);
-      if (output.text || isThere) updateTextPreviewWidgets(this, output);
+      if (output.text?.some(Boolean) && !isThere) addTextPreviewWidgets(this);
+      if (output.text?.some(Boolean) || isThere) updateTextPreviewWidgets(this, output);
     };
   },
 });

@@ -24,6 +24,7 @@ const HEIGHTS = { line: 18, chart: 128, pictures: 92, buttons: 36 }; // with the
 const MARGIN = 10;
 
 const panels = new WeakMap(); // node -> TrainPanel
+const fresh = new Set(); // ids of runs at work, until their node's output comes
 const groups = new Map(); // workflow and node -> the latest run's concepts: run id -> latest record
 
 app.registerExtension({
@@ -65,6 +66,7 @@ async function askForRuns() {
 }
 
 function keep(record) {
+  if (ACTIVE.includes(record.state)) fresh.add(record.run);
   const key = `${record.workflow} ${record.node}`;
   const [first] = groups.get(key)?.values() ?? [];
   if (first?.group !== record.group || !record.concept) groups.set(key, new Map());
@@ -89,11 +91,14 @@ function nodeAt(executionId) {
 function showTemplateWhereItIsUsed(node) {
   const [kind, template] = ["kind", "template"].map((name) => node.widgets.find((widget) => widget.name === name));
   const update = () => {
-    template.hidden = template.options.hidden = kind.value !== "custom";
+    const slot = node.inputs?.findIndex((input) => input.widget?.name === "kind") ?? -1;
+    const elsewhere = slot >= 0 && node.isInputConnected(slot); // a link or the block around it says the kind
+    template.hidden = template.options.hidden = kind.value !== "custom" && !elsewhere;
     node.graph?.setDirtyCanvas(true, false);
   };
   after(kind, "callback", update);
   after(node, "onConfigure", update);
+  after(node, "onConnectionsChange", update);
   update();
 }
 
@@ -152,7 +157,11 @@ class TrainPanel {
     const onExecuted = node.onExecuted;
     node.onExecuted = function (message) {
       onExecuted?.apply(this, arguments);
-      message.textual_inversion?.forEach((record) => panels.get(this).take(record));
+      // ComfyUI finds the node by its number in the workflow that is open. That may be another one by now, unless the
+      // run is cached: then it may have been made by another workflow.
+      message.textual_inversion
+        ?.filter((record) => !fresh.delete(record.run) || record.workflow === app.rootGraph.id)
+        .forEach((record) => panels.get(this).take(record));
     };
   }
 
@@ -283,6 +292,7 @@ function below({ title, keep }) {
 /** Makes what the preview of this step shows the result of the run; after its end the server saves it. */
 async function keepPicture(run, step) {
   const answer = await api.fetchApi(`/textual_inversion/runs/${run}/keep/${step}`, { method: "POST" });
+  if (answer.status === 507) return tell("error", TEXTS.keep, (await answer.json()).error); // the disk refused it
   if (!answer.ok) return tell("warn", TEXTS.keep, answer.status === 409 ? TEXTS.ending : TEXTS.gone);
   const { saved } = await answer.json();
   tell("success", TEXTS.keep, saved ? filled(TEXTS.saved, { name: saved }) : filled(TEXTS.kept, { step }));

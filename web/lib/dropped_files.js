@@ -45,6 +45,10 @@ async function filesIn(folder) {
   return found;
 }
 
+/** The folder that a dropped file was in: captions belong to pictures beside them. */
+const folders = new WeakMap();
+export const folderOf = (file) => folders.get(file) ?? "";
+
 async function entriesIn(folder) {
   const reader = folder.createReader();
   const found = [];
@@ -55,6 +59,8 @@ async function entriesIn(folder) {
   }
 }
 
-function fileOf(entry) {
-  return new Promise((resolve, reject) => entry.file(resolve, reject));
+async function fileOf(entry) {
+  const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+  folders.set(file, entry.fullPath.slice(0, -entry.name.length));
+  return file;
 }
