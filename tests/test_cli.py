@@ -15,11 +15,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_pipelines import small_pipeline
 
-from textual_inversion import TrainConfig, formats
+from textual_inversion import Embedding, TrainConfig, formats
+from textual_inversion.adapters.diffusers_pipeline import DiffusersModel
 from textual_inversion.config import field_help
 from textual_inversion.devices import usable_device
 from textual_inversion.errors import UserError
+from textual_inversion.formats import FormatName
+from textual_inversion.processes import ALONE
+from textual_inversion.train_command import Existing, Order, train_order
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "demo/concepts/heart/train"
@@ -254,3 +259,105 @@ def test_a_device_that_is_not_there_is_told_in_one_line(model, tmp_path):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: This machine has no device 'cuda:99'")
+
+
+# A library, in this process ----------------------------------------------------------------------
+
+
+def library(folder: Path, *words: str) -> Path:
+    for number, word in enumerate(words):
+        (folder / word).mkdir(parents=True)
+        Image.new("RGB", (32, 32), ["red", "green", "blue"][number]).save(folder / word / "1.png")
+        (folder / word / "1.txt").write_text("a photo of {}")  # without it the words of the picture are looked for
+    return folder
+
+
+def learn(
+    images: Path,
+    output: Path,
+    format: FormatName = "comfyui",
+    existing: Existing = "skip",
+    family: str = "SDXL",
+    **settings,
+) -> int:
+    config = TrainConfig(**{"initializer": "toy", "steps": 2, "batch_size": 8, **settings})
+    load = lambda: DiffusersModel(small_pipeline(family))  # noqa: E731
+    return train_order(Order(load, family, images, config, output, format, existing), ALONE)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_replacing_in_another_format_does_not_leave_the_old_file_in_front(tmp_path, capsys):
+    """It is told before the model is loaded. Behind the new one an old file may stay."""
+    images, words = library(tmp_path / "library", "cat", "dog"), tmp_path / "words"
+    formats.write(Embedding("<cat>", {"clip_l": torch.ones(1, 32)}), words / "cat.safetensors")
+    formats.write(Embedding("<dog>", {"clip_l": torch.ones(1, 32)}), words / "dog.pt", "a1111")
+    before = contents(words)
+    with pytest.raises(UserError, match=r"already, cat\.safetensors, instead of the new .* a1111: delete or move"):
+        learn(images, words, "a1111", "replace", "no model")
+    assert contents(words) == before
+    assert learn(images, words, "comfyui", "replace") == 0
+    assert contents(words).keys() == {"cat.safetensors", "dog.pt", "dog.safetensors"}
+    assert formats.read(words / "cat.safetensors").vectors.keys() == {"clip_l", "clip_g"}
+
+
+def test_words_whose_files_collide(tmp_path, capsys):
+    """The second file of <cat> is called as the first one of <cat_2>, where a model has two text encoders."""
+    images, words = library(tmp_path / "library", "cat", "cat_2", "dog"), tmp_path / "words"
+    assert learn(images, words, "diffusers") == 1
+    (line,) = re.findall("^<cat_2> .*", capsys.readouterr().out, re.MULTILINE)
+    assert "cat_2.safetensors would also be a file of <cat>: rename one of the two folders" in line
+    before = contents(words)
+    assert before.keys() == {f"{name}.safetensors" for name in ("cat", "cat_2", "dog", "dog_2")}
+    for existing in ("skip", "replace"):
+        assert learn(images, words, "diffusers", existing) == 1
+        out, error = capsys.readouterr()
+        assert ("Already in" in error) == (existing == "skip")
+        assert re.search("^<cat_2> .*: rename one of the two folders", out, re.MULTILINE)
+        assert contents(words).keys() == before.keys()
+    shutil.rmtree(images / "cat")
+    assert learn(images, words, "diffusers") == 1
+    assert "cat_2.safetensors belongs to cat.safetensors: choose another name" in capsys.readouterr().out
+    assert learn(images, tmp_path / "sd1", "diffusers", family="SD1") == 0
+    assert contents(tmp_path / "sd1").keys() == {"cat_2.safetensors", "dog.safetensors"}
+
+
+def test_an_unrelated_second_file_is_told_before_training(tmp_path, capsys):
+    """The same command does not learn the word again each time, under another name."""
+    images, words = library(tmp_path / "library", "cat", "dog"), tmp_path / "words"
+    formats.write(Embedding("other", {"clip_l": torch.ones(1, 32)}), words / "cat_2.safetensors")
+    for existing in ("skip", "replace"):
+        assert learn(images, words, "diffusers", existing) == 1
+        (line,) = re.findall("^<cat> +- +- .*", capsys.readouterr().out, re.MULTILINE)
+        assert "cat_2.safetensors is another embedding" in line
+        assert contents(words).keys() == {f"{name}.safetensors" for name in ("cat_2", "dog", "dog_2")}
+
+
+def test_a_word_that_cannot_be_written_ends_no_library(tmp_path, capsys, monkeypatch):
+    images, words, write_new = library(tmp_path / "library", "cat", "dog"), tmp_path / "words", formats.write_new
+
+    def one_cannot(embedding, folder, name, *rest):
+        if name == "cat" and folder == words:
+            raise UserError("cat.safetensors does not read back as written.")
+        return write_new(embedding, folder, name, *rest)
+
+    monkeypatch.setattr(formats, "write_new", one_cannot)
+    assert learn(images, words) == 1
+    assert re.search("^<cat> .*does not read back as written", capsys.readouterr().out, re.MULTILINE)
+    assert contents(words).keys() == {"dog.safetensors"}
+
+
+def test_an_empty_file_is_not_what_was_learned(tmp_path, capsys):
+    """A killed process may leave one."""
+    images, words = library(tmp_path / "library", "cat"), tmp_path / "words"
+    words.mkdir()
+    for name in ("cat.safetensors", "cat_2.safetensors"):
+        (words / name).touch()
+    assert learn(images, words, "diffusers") == 0
+    first, second = (words / name for name in ("cat.safetensors", "cat_2.safetensors"))
+    assert formats.read_pair(first, second).count == 1
+    assert contents(words).keys() == {first.name, second.name}
+    assert learn(images, words, "diffusers", family="no model") == 0
+    assert "Already in" in capsys.readouterr().err

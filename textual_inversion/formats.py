@@ -323,15 +323,12 @@ def write(
 
     Each is read back and its vectors are compared before it gets its name. ``picture`` is what a PNG card shows.
 
-    Raises UserError when the format cannot hold the embedding, when its second file would replace one that is not
-    the second of ``path``, or when a file reads back differently: it is kept as ``NAME-unchecked``. OSError when the
-    disk cannot.
+    Raises UserError when the format cannot hold the embedding, as ``check_pair``, or when a file reads back
+    differently: it is kept as ``NAME-unchecked``. OSError when the disk cannot.
     """
     files = _make_files(embedding, format, picture)
     targets = _targets(files, path)
-    for target in targets[1:]:
-        if target.exists() and not _are_pair(path, target):
-            raise UserError(f"{target.name} is another embedding: choose another name, or move that file.")
+    check_pair(targets)
     with _read_back(files, targets) as temporary:
         for source, target in zip(temporary, targets, strict=True):
             source.replace(target)
@@ -370,6 +367,20 @@ def write_new(
                     target.unlink()
             raise
     return targets
+
+
+def paths_of(embedding: Embedding, path: Path, format: FormatName) -> list[Path]:
+    """The files that ``write`` would write. Raises UserError when the format cannot hold the embedding."""
+    return _targets(_make_files(embedding, format, None), path)
+
+
+def check_pair(targets: list[Path]) -> None:
+    """Raises UserError where one of these files of an embedding is there, but belongs to another one."""
+    if first := _first_of(targets[0]):
+        raise UserError(f"{targets[0].name} belongs to {first.name}: choose another name, or move these two files.")
+    for target in targets[1:]:
+        if target.exists() and not is_empty(target) and not _are_pair(targets[0], target):
+            raise UserError(f"{target.name} is another embedding: choose another name, or move that file.")
 
 
 def _make_files(embedding: Embedding, format: FormatName, picture: Image.Image | None) -> list[File]:
@@ -447,6 +458,23 @@ def _are_pair(first: Path, second: Path) -> bool:
     except (UserError, ValueError):  # no embedding, or more than one tensor
         return False
     return word == other and not _is_layout(word, ENCODERS) and one.shape[-1] != two.shape[-1]
+
+
+def _first_of(second: Path) -> Path | None:
+    """The file of which ``second`` is the second one, or None."""
+    first = second.with_name(f"{second.stem.removesuffix('_2')}{second.suffix}")
+    return first if first != second and _are_pair(first, second) else None
+
+
+def is_empty(path: Path) -> bool:
+    """Whether this is only a name, which a killed process has left."""
+    return path.exists() and path.stat().st_size == 0
+
+
+def is_written(folder: Path, name: str) -> bool:
+    """Whether ``folder`` has an embedding of this name: not an empty file, nor the second one of another."""
+    path = find(folder, name)
+    return path is not None and not is_empty(path) and _first_of(path) is None
 
 
 def find(folder: Path, name: str) -> Path | None:

@@ -123,6 +123,8 @@ def make_plan(order: Order, together: Processes, tell: Callable[[str], None]) ->
     if len({tuple(prints) for prints in together.gather([word.fingerprint for word in words])}) > 1:
         raise UserError(f"The processes see different pictures in {order.images}: put them where all can read them.")
     _look_for_earlier(words, folder, files, order.existing if library else None, together, tell)
+    if library:
+        _check_in_front([word.name for word in words if not word.is_done], folder, order.format, together)
     return Plan(library, folder, words, files)
 
 
@@ -136,7 +138,7 @@ def _look_for_earlier(
 ) -> None:
     """Marks what is there already, and finds what an unfinished run has left. A machine may see only its own files."""
     earlier = Unfinished.merged(together.gather(files.read()))
-    seen = together.gather([word.name for word in words if existing and formats.find(folder, word.name)])
+    seen = together.gather([word.name for word in words if existing and formats.is_written(folder, word.name)])
     there = {name for names in seen for name in names}
     for word in words:
         trigger = word.concept.trigger
@@ -148,6 +150,18 @@ def _look_for_earlier(
             tell(f"{trigger} starts over: settings, pictures, captions or the model changed since its unfinished run.")
     if done := [word.concept.trigger for word in words if word.is_done]:
         tell(f"Already in {folder}: {listed(done)}. To learn them again: --existing replace.")
+
+
+def _check_in_front(names: Sequence[str], folder: Path, format: FormatName, together: Processes) -> None:
+    """Raises UserError where an old file in another format would be taken instead of the new one."""
+    order = (*formats.STOCK_SUFFIXES, ".png")
+    before = order[: order.index(formats.FORMATS[format].suffix)]
+    found = [path.name for name in names if (path := formats.find(folder, name)) and path.suffix in before]
+    if old := sorted({name for part in together.gather(found) for name in part}):
+        raise UserError(
+            f"Programs would go on using what is in {folder} already, {listed(old)}, instead of the new files in the "
+            f"format {format}: delete or move the old ones, or choose another --format or --output."
+        )
 
 
 # What is learned --------------------------------------------------------------------------------
@@ -282,6 +296,11 @@ class Run:
             return
         if self.writes and not self.words:
             check_writable(start, self.plan.folder, planned.name, self.order.format)
+        if self.plan.is_library:
+            problems = self.processes.gather(self._name_problem(planned, start))  # one may see other files
+            if problem := next(filter(None, problems), ""):
+                self._refuse(planned, UserError(problem))
+                return
         saved = planned.saved["training"] if planned.saved else None
 
         def searching(done: int, total: int) -> None:
@@ -289,6 +308,25 @@ class Run:
             bar.show_search(config, done, total)
 
         self.words.append(Word(planned, planned.concept, dataset, config, self._search, searching, model, saved))
+
+    def _name_problem(self, planned: Planned, start: Embedding) -> str:
+        """Why its files cannot have their names; empty where they can."""
+        suffix, words = formats.FORMATS[self.order.format].suffix, self.plan.words
+        before = words.index(planned)
+        try:
+            paths = formats.paths_of(start, self.plan.folder / f"{planned.name}{suffix}", self.order.format)
+            ends = [path.name.removeprefix(planned.name) for path in paths]
+            # Folders whose words have the same first file are left out already.
+            for other in words if len(paths) > 1 else []:
+                theirs = {f"{other.name}{end}".casefold() for end in ends}
+                shared = [path.name for path in paths if path.name.casefold() in theirs]
+                if shared and other is not planned and (other.is_done or words.index(other) < before):
+                    word = other.concept.trigger
+                    return f"{shared[0]} would also be a file of {word}: rename one of the two folders."
+            formats.check_pair(paths)
+        except UserError as error:
+            return str(error)
+        return ""
 
     def _refuse(self, planned: Planned, error: Exception) -> None:
         """Of a library the others go on."""
@@ -403,7 +441,8 @@ class Run:
             return
         content = Unfinished(dict(self.kept))
         if self.order.existing == "replace":
-            new = [word for word in self.plan.words if word.is_done] + [w.planned for w in self.words if w.is_closed]
+            new = [word for word in self.plan.words if word.is_done]
+            new += [word.planned for word in self.words if word.is_closed and word.last]  # without errors
             content.done = {word.concept.trigger: word.fingerprint for word in new}
         for word in self.words:
             if all(mate.is_closed for mate in self.mates[word]):
@@ -425,11 +464,22 @@ class Run:
             files: list[Path] = []
             if word.last is not None:
                 learned = learned_embedding(word.last, word.config, self.order.base_model)
-                replaces = self.plan.is_library and self.order.existing == "replace"
-                files = keep(learned, self.plan.folder, word.planned.name, self.order.format, replaces)
+                try:
+                    files = self._keep(learned, word.planned.name)
+                except UserError as error:  # of a library the others go on
+                    if not self.plan.is_library:
+                        raise
+                    self.failed, word.last, word.problem = True, None, str(error)
                 if not self.plan.is_library:
                     print_files(files, learned, self.order.format)
             self.rows[word.concept.trigger] = _row(word, files)
+
+    def _keep(self, learned: Embedding, name: str) -> list[Path]:
+        folder, format = self.plan.folder, self.order.format
+        left = any(formats.is_empty(folder / f"{name}{suffix}") for suffix in formats.SUFFIXES)  # by a killed process
+        left = left and not formats.is_written(folder, name)
+        replaces = self.plan.is_library and (self.order.existing == "replace" or left)
+        return keep(learned, folder, name, format, replaces)
 
     def _report(self, model: TrainableModel) -> None:
         (word,) = self.words
