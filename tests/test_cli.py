@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_pipelines import small_pipeline
 
-from textual_inversion import Embedding, TrainConfig, formats
+from textual_inversion import Embedding, TrainConfig, formats, train_command
 from textual_inversion.adapters.diffusers_pipeline import DiffusersModel
 from textual_inversion.config import field_help
 from textual_inversion.devices import usable_device
@@ -25,6 +26,7 @@ from textual_inversion.errors import UserError
 from textual_inversion.formats import FormatName
 from textual_inversion.processes import ALONE
 from textual_inversion.train_command import Existing, Order, train_order
+from textual_inversion.unfinished import DAY, UnfinishedFiles
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "demo/concepts/heart/train"
@@ -361,3 +363,54 @@ def test_an_empty_file_is_not_what_was_learned(tmp_path, capsys):
     assert contents(words).keys() == {first.name, second.name}
     assert learn(images, words, "diffusers", family="no model") == 0
     assert "Already in" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_waits_while_others_run_with_other_settings(tmp_path, capsys, monkeypatch):
+    """It goes on when they are set back. A run that ends removes its own file only."""
+    images, words = library(tmp_path / "pictures", "cat") / "cat", tmp_path / "words"
+    (words / "unfinished").mkdir(parents=True)
+    show = train_command.Bar.show
+
+    def killed(bar, word, step):
+        show(bar, word, step)
+        if step.number == 3:
+            raise RuntimeError("killed")
+
+    def run(seed: int, kill: bool = False) -> str:
+        with monkeypatch.context() as patched:
+            patched.setattr(train_command, "SAVE_EVERY", 1)
+            if kill:
+                patched.setattr(train_command.Bar, "show", killed)
+                with pytest.raises(RuntimeError, match="killed"):
+                    learn(images, words, family="SD1", steps=4, seed=seed)
+            else:
+                learn(images, words, family="SD1", steps=4, seed=seed)
+        return capsys.readouterr().err
+
+    assert "starts over" not in run(1, kill=True)
+    assert "S* starts over: settings," in run(2, kill=True)
+    assert len(list((words / "unfinished").iterdir())) == 2
+    assert "S* goes on after step 2." in run(1)
+    assert "S* goes on after step 2." in run(2)
+    assert contents(words).keys() == {"S.safetensors", "S-2.safetensors"}
+
+
+def test_old_unfinished_runs_are_removed(tmp_path):
+    """The newest 20 stay, for 30 days, and the run at hand; each with the files of all its processes."""
+    own, other = (UnfinishedFiles(tmp_path, "word", 0, {"word": name}) for name in "ab")
+    other.folder.mkdir()
+    ages = {f"my.word.{number:016x}": number * DAY for number in range(1, 20)}
+    ages |= {other.own.name.removesuffix(".0.state"): 0, f"my.word.{99:016x}": 20 * DAY, own.own.name[:-8]: 40 * DAY}
+    for name, age in ages.items():
+        for rank in range(2):
+            path = other.folder / f"{name}.{rank}.state"
+            path.touch()
+            os.utime(path, (time.time() - age, time.time() - age))
+    own.sweep()
+    assert {path.name[:-8] for path in other.folder.iterdir()} == set(ages) - {f"my.word.{99:016x}"}
+    for path in other.folder.iterdir():
+        os.utime(path, (0, 0))
+    own.sweep()
+    assert {path.name for path in other.folder.iterdir()} == {f"{own.own.name[:-8]}.{rank}.state" for rank in range(2)}
+    own.remove()
+    assert not other.folder.exists()

@@ -113,7 +113,6 @@ def make_plan(order: Order, together: Processes, tell: Callable[[str], None]) ->
     concepts = by_concept(triggers if library else [settings.trigger], images, masks, captions, settings.kind)
     if unknown := unknown_words([concept.trigger for concept in concepts], captions):
         tell(f"Captions name {listed(unknown)}, which no concept is called: that is read as ordinary text.")
-    files = UnfinishedFiles(folder, run_name, together.rank)
     words = []
     for concept in concepts:
         config = replace(settings, trigger=concept.trigger)
@@ -122,6 +121,8 @@ def make_plan(order: Order, together: Processes, tell: Callable[[str], None]) ->
         words.append(Planned(concept, config, formats.file_name(concept.trigger) if library else run_name, known_by))
     if len({tuple(prints) for prints in together.gather([word.fingerprint for word in words])}) > 1:
         raise UserError(f"The processes see different pictures in {order.images}: put them where all can read them.")
+    fingerprints = {word.concept.trigger: word.fingerprint for word in words}
+    files = UnfinishedFiles(folder, run_name, together.rank, fingerprints)
     _look_for_earlier(words, folder, files, order.existing if library else None, together, tell)
     if library:
         _check_in_front([word.name for word in words if not word.is_done], folder, order.format, together)
@@ -137,7 +138,9 @@ def _look_for_earlier(
     tell: Callable[[str], None],
 ) -> None:
     """Marks what is there already, and finds what an unfinished run has left. A machine may see only its own files."""
-    earlier = Unfinished.merged(together.gather(files.read()))
+    earlier = Unfinished.merged(together.gather(files.read()), files.fingerprints)
+    if together.rank == 0:
+        files.sweep()
     seen = together.gather([word.name for word in words if existing and formats.is_written(folder, word.name)])
     there = {name for names in seen for name in names}
     for word in words:
@@ -145,9 +148,13 @@ def _look_for_earlier(
         is_new = earlier.done.get(trigger) == word.fingerprint  # of this very run
         word.is_done = word.name in there and (existing == "skip" or is_new)
         word.saved = earlier.concepts.get(trigger)
+        if word.is_done and word.saved and not word.saved["ended"]:  # of a run before the one that wrote its file
+            word.saved = None
         if word.saved and word.saved["fingerprint"] != word.fingerprint:
             word.saved = None
-            tell(f"{trigger} starts over: settings, pictures, captions or the model changed since its unfinished run.")
+            if not word.is_done:
+                changed = "settings, pictures, captions or the model changed since its unfinished run"
+                tell(f"{trigger} starts over: {changed}.")
     if done := [word.concept.trigger for word in words if word.is_done]:
         tell(f"Already in {folder}: {listed(done)}. To learn them again: --existing replace.")
 
