@@ -1,6 +1,6 @@
 """The training engine: torch only, it knows neither ComfyUI nor diffusers."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from .config import PreviewConfig, TrainConfig
 from .embedding import Embedding
