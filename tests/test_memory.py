@@ -42,6 +42,7 @@ ERRORS = [
     RuntimeError("UR error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY): out_of_memory"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: error 12 (Cannot allocate memory)"),
+    RuntimeError("exp(): functions with out=... arguments don't support automatic differentiation, but one of the"),
     MemoryError(),
 ]
 

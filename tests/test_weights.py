@@ -1,5 +1,6 @@
 """Weights as people have them: every precision ComfyUI loads, and models that other nodes have changed."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,7 @@ from small_models import write_checkpoint
 from torch import nn
 
 from textual_inversion import UserError
-from textual_inversion.adapters.comfyui import ComfyModel, _differentiable_attention
+from textual_inversion.adapters.comfyui import ComfyModel, _differentiable_attention, _sliced_attention
 from textual_inversion.adapters.comfyui_autograd import ordinary_weights
 from textual_inversion.adapters.comfyui_tokens import vocabularies
 
@@ -335,6 +336,26 @@ def test_attention_that_a_device_needs_stays(monkeypatch):
         monkeypatch.setattr("comfy.ldm.modules.attention.attention_pytorch", lambda _q: chosen.append("pytorch"))
         _differentiable_attention(attention, card)
     assert chosen == ["attention_sub_quad", "attention_split", "pytorch", "pytorch", "pytorch"]
+
+
+@pytest.mark.parametrize("free", [[60_000], [2**40, 60_000, 2**40, 200_000]], ids=["little", "more or less"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_that_a_device_needs_trains_in_little_memory(monkeypatch, checkpointing, free):
+    """Sub-quadratic attention has no backward pass there, and what is free changes until a block is recomputed."""
+    graph = build(NAMED["SD1"])
+    plain = gradients(NAMED["SD1"], graph)[0]
+    monkeypatch.setattr("textual_inversion.adapters.comfyui._differentiable_attention", _sliced_attention)
+    told = itertools.cycle(free)
+
+    def free_memory(_device=None, torch_free_too=False):
+        size = next(told)
+        return (size, size) if torch_free_too else size
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", free_memory)
+    for _ in free:
+        found = gradients(NAMED["SD1"], graph, checkpointing)[0]
+        for one, other in zip(found, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_dynamic_vram_without_a_way_to_load_again_is_refused(monkeypatch):

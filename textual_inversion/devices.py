@@ -6,6 +6,8 @@ from torch import Tensor
 from .errors import UserError
 
 CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+# ComfyUI's sub-quadratic attention, in the ways that it takes where memory is short.
+NO_BACKWARD = "exp(): functions with out=... arguments don't support automatic differentiation"
 # How it is said where there is no error class for it: MPS, XPU, HIP, cuBLAS, ComfyUI's allocator, the CPU's.
 OUT_OF_MEMORY_TEXTS = (
     "out of memory",
@@ -15,6 +17,7 @@ OUT_OF_MEMORY_TEXTS = (
     "not enough memory",
     "can't allocate memory",
     "cannot allocate memory",
+    NO_BACKWARD,
 )
 
 

@@ -1,7 +1,8 @@
 """The MODEL, CLIP and VAE of a ComfyUI graph as a DiffusionModel."""
 
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from uuid import uuid4
@@ -20,7 +21,7 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
-from ..devices import is_out_of_memory, to_device
+from ..devices import NO_BACKWARD, is_out_of_memory, to_device
 from ..embedding import Embedding
 from ..errors import UserError
 from ..prompts import check_whole
@@ -52,15 +53,30 @@ Conditioning = list[dict[str, Any]]
 WITH_BACKWARD = {"attention_split", "attention_sub_quad"}
 
 
-def _differentiable_attention(chosen, q: Tensor, *args, **kwargs):
+def _differentiable_attention(chosen, q: Tensor, *args, free_memory: Callable | None = None, **kwargs):
     """PyTorch's attention: flash and sage attention have no backward pass.
 
     On a Mac, and on AMD cards without PyTorch's kernels, ComfyUI has chosen another one that has it, with the
-    precision that a Mac needs, and less memory.
+    precision that a Mac needs, and less memory. It slices its work by what ``free_memory`` says.
     """
     if q.device.type == "cpu" or chosen.__name__ not in WITH_BACKWARD:
-        chosen = comfy.ldm.modules.attention.attention_pytorch
-    return chosen(q, *args, **kwargs)
+        return comfy.ldm.modules.attention.attention_pytorch(q, *args, **kwargs)
+    return _sliced_attention(chosen, q, *args, free_memory=free_memory, **kwargs)
+
+
+def _sliced_attention(chosen, q: Tensor, *args, free_memory: Callable | None, **kwargs):
+    """``chosen``; split attention where little memory is free, for which sub-quadratic has no backward pass."""
+    before = comfy.model_management.get_free_memory
+    comfy.model_management.get_free_memory = free_memory or before
+    try:
+        try:
+            return chosen(q, *args, **kwargs)
+        except RuntimeError as error:
+            if NO_BACKWARD not in str(error) or error.__context__:  # in the middle of another: memory has run out
+                raise
+        return comfy.ldm.modules.attention.attention_split(q, *args, **kwargs)
+    finally:
+        comfy.model_management.get_free_memory = before
 
 
 def _alike(inputs: list[dict[str, Any]]) -> list[list[int]]:
@@ -379,9 +395,11 @@ class ComfyModel:
         return {name: part.process_cond(batch_size=1, area=None) for name, part in encoded["model_conds"].items()}
 
     def _apply(self, noised: Tensor, sigmas: Tensor, inputs: dict[str, Any]) -> Tensor:
+        # Attention slices its work by it. What is recomputed in the backward pass must do so as the first time.
+        free_memory = functools.cache(comfy.model_management.get_free_memory)
         inputs["transformer_options"] = {
             **self._options["transformer_options"],
-            "optimized_attention_override": _differentiable_attention,
+            "optimized_attention_override": functools.partial(_differentiable_attention, free_memory=free_memory),
             # Every row has a prompt of its own, as if a sampler had that many positive ones.
             "cond_or_uncond": [0] * len(noised),
             "uuids": [uuid4() for _ in noised],
