@@ -185,5 +185,7 @@ def _check_mask_of_load_image(masks: Sequence[Tensor], source: Mapping[str, Any]
 
 
 def _single(batches: list[Tensor]) -> list[Tensor]:
-    """Splits a list of batches into ordinary tensors with one picture or mask each."""
-    return [row[None].clone() for batch in batches for row in (batch if batch.ndim > 2 else batch[None])]
+    """Splits a list of batches into ordinary tensors with one picture or mask each, as ComfyUI has them by default."""
+    # They are on the card with --gpu-only, and half precision with --fp16-intermediates.
+    rows = (row for batch in batches for row in (batch if batch.ndim > 2 else batch[None]))
+    return [row[None].to("cpu", torch.float32, copy=True) for row in rows]

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from families import NAMED, build, prepared
+from ti_pack.nodes.train import _single  # pyright: ignore[reportMissingImports]  made by conftest.py
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from textual_inversion import TrainConfig, TrainingError, TrainingStopped, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel
@@ -169,3 +171,16 @@ def test_a_run_with_skipped_batches_resumes_on_the_same_numbers(graph):
     resumed = run(graph, half)
     assert resumed["progress"]["skipped"] == whole["progress"]["skipped"] == 2
     assert torch.equal(resumed["tokens"][0]["clip_l"], whole["tokens"][0]["clip_l"])
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 64, 3), (2, 64, 64), (64, 64)], ids=["pictures", "masks", "mask"])
+def test_pictures_and_masks_are_full_precision_on_the_cpu(shape):
+    """With --fp16-intermediates they come in half precision, and with --gpu-only on the card."""
+    given = torch.rand(shape).half()
+    for rows in (_single([given]), _single([given.float()])):
+        assert torch.equal(torch.cat(rows).reshape(shape), given.float())
+        assert {(row.dtype, row.shape[0], row.ndim) for row in rows} == {(torch.float32, 1, max(3, len(shape)))}
+    (kept,) = _single([plain := torch.rand(1, 64, 64)])
+    assert kept.data_ptr() != plain.data_ptr()  # ComfyUI's own stays as it is
+    with FakeTensorMode():
+        assert {row.device.type for row in _single([torch.zeros(shape, device="cuda")])} == {"cpu"}
