@@ -241,6 +241,16 @@ def test_little_memory_means_checkpointing_from_the_first_step(graph, monkeypatc
     assert model.enable_gradient_checkpointing() != checkpointed
 
 
+@pytest.mark.parametrize(("device", "free"), [("meta", [3e9, 0]), ("cpu", [5e9, 1e9])], ids=["card", "cpu"])
+def test_what_comfyui_reserves_on_a_card_is_not_free(graph, monkeypatch, device, free):
+    monkeypatch.setattr(comfy.model_management, "EXTRA_RESERVED_VRAM", 2e9)
+    model = ComfyModel(*graph)
+    model._patcher.load_device = torch.device(device)
+    for total, expected in zip((5e9, 1e9), free, strict=True):
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda _device, total=total: total)
+        assert model.free_memory() == expected
+
+
 def test_a_model_that_is_not_wholly_loaded_is_refused(graph, monkeypatch):
     """As with --novram: weights would come and go under the backward pass."""
     monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda _device: False)

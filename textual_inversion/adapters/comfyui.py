@@ -288,7 +288,9 @@ class ComfyModel:
         return supports_embedding_files(self._clip)
 
     def free_memory(self) -> float:
-        return float(comfy.model_management.get_free_memory(self.device))  # type: ignore[arg-type]
+        """Without what ComfyUI leaves to other programs on a card (``--reserve-vram``; more on Windows)."""
+        reserved = 0 if self.device.type == "cpu" else comfy.model_management.extra_reserved_memory()
+        return max(0.0, comfy.model_management.get_free_memory(self.device) - reserved)  # type: ignore[arg-type]
 
     def weights(self) -> list[Tensor]:
         return [*self._patcher.model.parameters(), *self._clip.cond_stage_model.parameters()]
