@@ -481,3 +481,32 @@ def test_loads_folders_and_single_files_without_network(tmp_path, offline):
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(UserError, match="The files of tokenizer are missing"):
         DiffusersModel.load(folder)
+
+
+def test_encoders_with_different_numbers_of_vectors():
+    """ComfyUI keeps rows for each text encoder. Where a model takes only one of the two, nothing is wrong."""
+    word = Embedding("S*", {"clip_l": torch.ones(1, WIDTH), "clip_g": torch.ones(2, WIDTH_G)})
+    model = DiffusersModel(small_pipeline("SDXL"))
+    for use in (
+        lambda: model.check_prompts(["a S*"], word),
+        lambda: model.encode_prompts(["a S*"], word),
+        lambda: model.generate("a S*", word, (4, 8, 8), 0, 1, 1.0),
+    ):
+        with pytest.raises(UserError, match=r"not as many vectors .*\(1 for clip_l, 2 for clip_g\), .* ComfyUI"):
+            use()
+    sd1 = DiffusersModel(small_pipeline("SD1"))
+    sd1.check_prompts(["a S*"], word)
+    alone = Embedding("S*", {"clip_l": word.vectors["clip_l"]})
+    ours, theirs = (sd1.encode_prompts(["a S*"], one)["context"] for one in (word, alone))
+    assert torch.equal(ours, theirs)
+
+
+def test_an_index_that_is_a_list(tmp_path):
+    (tmp_path / "model_index.json").write_text("[]")
+    with pytest.raises(UserError, match=r"model_index\.json in .* names no parts of a pipeline: download it again"):
+        DiffusersModel.load(tmp_path)
+
+
+def test_a_picture_that_is_too_small_for_the_model():
+    with pytest.raises(UserError, match="draws no picture that small: choose at least 16 pixels a side"):
+        DiffusersModel(small_pipeline("SD3")).generate("a", None, (16, 1, 8), 0, 1, 1.0)

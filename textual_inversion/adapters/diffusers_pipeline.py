@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 
 from ..devices import is_out_of_memory
 from ..embedding import Embedding
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..prompts import check_whole
 from ..vocabulary import Vocabulary
 from .diffusers_families import FAMILIES, Conditioning
@@ -53,6 +53,8 @@ def load_pipeline(path: Path, config: Path | None = None, dtype: torch.dtype = t
     folder = path if path.is_dir() else config or _cached_configs(path)
     try:
         index: Any = DiffusionPipeline.load_config(folder, local_files_only=True)
+        if not isinstance(index, dict):
+            raise UserError(f"model_index.json in {folder} names no parts of a pipeline: download it again.")
         options: dict[str, Any] = {slot: None for slot in UNUSED if slot in index}
         if "safety_checker" in index:
             options["requires_safety_checker"] = False
@@ -199,7 +201,21 @@ class DiffusersModel:
             found[key] = Vocabulary(table, tokens, partial(_token_ids, tokenizer))
         return found
 
+    def _matched(self, embeddings: Sequence[Embedding]) -> list[Embedding]:
+        """By the keys of the text encoders. Raises UserError unless these get vectors, each of them as many."""
+        found = [embedding.for_encoders(self.keys) for embedding in embeddings]
+        for embedding in found:
+            counts = {key: len(rows) for key, rows in embedding.vectors.items()}
+            if len(set(counts.values())) > 1:
+                has = listed(f"{count} for {key}" for key, count in counts.items())
+                raise UserError(
+                    f"The embedding {embedding.trigger!r} has not as many vectors for each text encoder ({has}), which "
+                    "diffusers cannot use: use it in ComfyUI."
+                )
+        return found
+
     def check_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> None:
+        embeddings = tuple(self._matched(embeddings))
         for slot in self._encoders:
             original = getattr(self._pipeline, tokenizer_slot(slot))
             tokenizer = with_names(original, sum(embedding.count for embedding in embeddings))
@@ -235,9 +251,9 @@ class DiffusersModel:
     def encode_prompts(self, prompts: Sequence[str], *embeddings: Embedding) -> Conditioning:
         """All distinct prompts at once, by the pipeline's own ``encode_prompt``. Raises UserError."""
         distinct = list(dict.fromkeys(prompts))
-        matched = [embedding.for_encoders(self.keys) for embedding in embeddings]
+        matched = self._matched(embeddings)
         with with_embeddings(self._pipeline, self._encoders, *matched) as pipeline:
-            texts = [spelled(prompt, *embeddings) for prompt in distinct]
+            texts = [spelled(prompt, *matched) for prompt in distinct]
             encoded = self._family.encode(pipeline, texts, self.device)
         rows = [distinct.index(prompt) for prompt in prompts]
         return {name: tensor[rows] for name, tensor in encoded.items()}
@@ -292,9 +308,12 @@ class DiffusersModel:
         """One picture (1, H, W, 3) in 0..1 of latent ``shape`` (C, h, w), drawn by the pipeline itself."""
         patch, scale = self._family.patch, self._pipeline.vae_scale_factor
         height, width = (side // patch * patch * scale for side in shape[-2:])
+        if not (height and width):
+            raise UserError(f"The model draws no picture that small: choose at least {patch * scale} pixels a side.")
         drawing = nullcontext(copy.copy(self._pipeline))
         if embedding is not None:
-            drawing = with_embeddings(self._pipeline, self._encoders, embedding.for_encoders(self.keys))
+            (embedding,) = self._matched([embedding])
+            drawing = with_embeddings(self._pipeline, self._encoders, embedding)
             prompt, negative = spelled(prompt, embedding), spelled(negative, embedding)
         with drawing as pipeline:
             pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # it keeps where it stands
