@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -241,6 +242,89 @@ def test_a_folder_that_goes_away_meanwhile_loses_nothing(model, tmp_path):
     assert "words cannot be written to (File exists)" in error
     assert out == "toy.safetensors"
     assert formats.read(tmp_path / out).trigger == "<toy>"
+
+
+def generated(model: Path, folder: Path, *arguments) -> subprocess.CompletedProcess:
+    formats.write(Embedding("<toy>", {"clip_l": torch.ones(75, 96)}), folder / "toy.safetensors")
+    return call("generate", "--model", model, "--embedding", "toy.safetensors", *arguments, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "toy.xyz"], "'toy.xyz' is not the name of a picture: choose an --output that ends in .png"),
+        (["--output", "toy"], "'toy' is not the name of a picture"),
+        (["--output", "toy.safetensors/toy.png"], "toy.safetensors cannot be written to (File exists)"),
+        (["--prompt", "a photo"], "The prompt 'a photo' does not contain {} or '<toy>': add one of them."),
+        (["--prompt", "a \udcff {}"], "has bytes that are no text: type it again in UTF-8"),
+        (["--steps", 0], "steps is 0; choose 1 or more"),
+        (["--width", 7], "width is 7; choose 8 or more"),
+        (["--seed", 2**64], "seed is 18446744073709551616; choose a value from 0 to"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_before_the_model_is_loaded(tmp_path, arguments, message):
+    done = generated(tmp_path / "nowhere", tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_embedding_that_is_cut_off_is_not_drawn(model, tmp_path):
+    done = generated(model, tmp_path, "--prompt", "a photo of {}", "--output", "new/toy.png")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "has no room for 75 vectors" in done.stderr
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_terminal_without_the_letters(tmp_path, monkeypatch):
+    """What it has not is written as its number."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    save_file({"clip_l": torch.ones(1, 768)}, tmp_path / "\u732b.safetensors", {"note": "\u00e9\x1b[2J"})
+    done = call("inspect", "\u732b.safetensors", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\\u732b: 1 vector" in done.stdout
+    assert "note: \\xe9\\ufffd[2J" in done.stdout
+    done = call("convert", "\u732b.safetensors", "--to", "a1111", folder=tmp_path)
+    assert (done.returncode, done.stdout.split()) == (0, ["\\u732b-2.pt"]), done.stderr
+
+
+def test_words_that_are_no_text(tmp_path):
+    for option in ("--token", "--init"):
+        done = call("train", "--model", "nowhere", "--images", PICTURES, option, "cat\udcff", folder=tmp_path)
+        assert (done.returncode, done.stderr) == (
+            1, "error: 'cat\\udcff' has bytes that are no text: type it again in UTF-8.\n"
+        )  # fmt: skip
+
+
+def test_a_pipe_is_no_embedding(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        done = call("inspect", name, folder=tmp_path)
+        assert done.returncode == 1
+        assert "is not a regular file: choose the file of an embedding" in done.stderr
+
+
+def test_picture_of_a_card(tmp_path):
+    """Turned as the camera says; what cannot be a picture is a sentence."""
+    save_file({"clip_l": torch.ones(1, 768)}, tmp_path / "word.safetensors")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "turned.jpg", exif=exif)
+    chunks = {b"IHDR": (50_000).to_bytes(4, "big") * 2 + b"\x08\2\0\0\0", b"IDAT": zlib.compress(b"\0"), b"IEND": b""}
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for kind, data in chunks.items():
+            checksum = zlib.crc32(kind + data).to_bytes(4, "big")
+            file.write(len(data).to_bytes(4, "big") + kind + data + checksum)
+    convert = ("convert", "word.safetensors", "--to", "png-card", "--picture")
+    done = call(*convert, "turned.jpg", folder=tmp_path)
+    with Image.open(tmp_path / done.stdout.strip()) as card:
+        assert card.size == (32, 64)
+    done = call(*convert, "huge.png", folder=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"error: huge\.png cannot be the picture of a card: it has .* pixels.*: scale it down\.$", line)
+    done = call(*convert, "none.png", folder=tmp_path)
+    assert done.stderr == "error: There is no picture none.png: choose another --picture.\n"
 
 
 def test_help_is_the_settings_own(tmp_path):

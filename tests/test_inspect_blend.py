@@ -110,6 +110,7 @@ def test_chosen_vectors(text, rows):
     ("text", "message"),
     [
         ("two", "'two' is not a vector number"),
+        ("9" * 5000, "'9999999999999999999999999999999999999999' is not a vector number"),
         ("1,,2", "'' is not a vector number"),
         ("0", "there is no '0'; the vectors are numbered from 1 to 5"),
         ("4-6", "there is no '4-6'"),
@@ -422,3 +423,12 @@ def test_mistakes_reach_the_user_as_a_sentence(server, files, nodes, message):
         {**loaded(a="one", small="small"), "load": load, **nodes, **(end if is_blend else {})}, check=False
     )
     assert message in run.error["exception_message"]
+
+
+def test_unprintable_characters_of_a_file_are_replaced():
+    """A terminal takes some for commands. Letters of every script stay."""
+    notes = {"note\x1b[2J": "red \x1b]0;title\x07 \u202e\u732b\u3000\u00e9\n\x9b1m"}
+    embedding = Embedding("S*", {"clip_l": torch.ones(1, 768)}, notes)
+    _, line, more, *_ = describe(embedding, inspect(embedding, {})).split("\n")
+    assert line == "note\ufffd[2J: red \ufffd]0;title\ufffd \ufffd\u732b\u3000\u00e9"
+    assert more == "\ufffd1m"

@@ -11,7 +11,7 @@ from .containers import MAX_NUMBERS, MAX_VECTORS
 from .embedding import Embedding, with_guessed_encoders
 from .errors import UserError
 
-_RANGE = re.compile(r"(-?)(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(-?)(\d{1,9})(?:-(\d{1,9}))?")
 MAX_HISTORY = 500  # characters of what is told about each of the two
 _OPPOSITE = 1e-6  # unit vectors whose sum is shorter count as opposite: float32 has no unique rotation between them
 
@@ -110,7 +110,7 @@ def parse_vector_numbers(numbers: str, count: int) -> list[int]:
     for part in numbers.split(","):
         match = _RANGE.fullmatch("".join(part.split()))
         if not match:
-            raise UserError(f"vectors: {part.strip()!r} is not a vector number: write 1-3, 5 to keep, -2 to drop.")
+            raise UserError(f"vectors: {part.strip()[:40]!r} is not a vector number: write 1-3, 5 to keep, -2 to drop.")
         minus, first, last = match[1], int(match[2]), int(match[3] or match[2])
         if not 1 <= first <= last <= count:
             raise UserError(f"vectors: there is no {part.strip()!r}; the vectors are numbered from 1 to {count}.")

@@ -1,5 +1,6 @@
 """The engine on the command line, with a diffusers pipeline: ``python -m textual_inversion --help``."""
 
+import io
 import logging
 import os
 import signal
@@ -22,8 +23,9 @@ from .devices import fastest_dtype, usable_device
 from .embedding import Embedding
 from .errors import ProcessEnded, TrainingError, UserError, listed
 from .formats import FormatName
+from .picture_files import decoded
 from .pictures import to_pillow
-from .prompts import place_trigger
+from .prompts import has_trigger, place_trigger, plain
 from .train_command import Existing, Order, train_order
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 app = tyro.extras.SubcommandApp()
 TriggerOption = Annotated[str, tyro.conf.arg(aliases=("--word",))]
+MOST_SEED = 2**64 - 1
 INTERRUPTED = 128 + signal.SIGINT  # exit code of programs that Ctrl-C ends
 
 
@@ -102,6 +105,7 @@ def train_command(
         format: The tool that will read the file. comfyui also works for A1111, Forge, kohya and InvokeAI.
         existing: Of a library: skip concepts whose file is there already, or learn them again and replace it.
     """
+    _check_text(settings.trigger, settings.initializer, settings.template)
     with processes.joined() as together:
         load = partial(pipeline.load, settings.gradient_checkpointing, quiet=together.rank > 0)
         order = Order(load, pipeline.model.name, images, settings, output, format, existing)
@@ -150,7 +154,7 @@ def convert(
     if several and output and not output.is_dir():
         words = listed(embedding.trigger for embedding in found)
         raise UserError(f"{file.name} contains {words}: choose one with --word, or a folder that is there as --output.")
-    shown = Image.open(picture).convert("RGB") if picture else None
+    shown = _picture(picture).convert("RGB") if picture else None
     for embedding in found:
         new = target(output or file.parent, embedding.trigger) if several else target(output or file, file.name)
         print_files(formats.write_new(embedding, *new, to, shown), embedding, to)
@@ -182,12 +186,58 @@ def generate(
         steps: Sampling steps.
         cfg: Guidance scale.
     """
-    learned, model = formats.read(embedding, trigger), pipeline.load()
+    _check_text(prompt, trigger)
+    for name, value, least in (("steps", steps, 1), ("width", width, GRID), ("height", height, GRID)):
+        if value < least:
+            raise UserError(f"{name} is {value}; choose {least} or more.")
+    if not 0 <= seed <= MOST_SEED:
+        raise UserError(f"seed is {seed}; choose a value from 0 to {MOST_SEED}.")
+    learned = formats.read(embedding, trigger)
     text = place_trigger(prompt, learned.trigger)
+    if not has_trigger(text, learned.trigger):
+        raise UserError(f"The prompt {prompt!r} does not contain {{}} or {learned.trigger!r}: add one of them.")
+    _check_picture_name(output)
+    model = pipeline.load()
+    model.check_prompts([text], learned)
     shape = (0, height // GRID, width // GRID)  # channels do not matter: the pipeline knows them
-    drawn = [model.generate(text, known, shape, seed, steps, cfg)[0] for known in (None, learned)]
+    sampling = (shape, seed, steps, cfg)
+    drawn = [model.generate(plain(text), None, *sampling)[0], model.generate(text, learned, *sampling)[0]]
     to_pillow(torch.cat(drawn, dim=1)).save(output)
     print(output)
+
+
+def _check_picture_name(output: Path) -> None:
+    """Makes the folder. Raises UserError where a picture could not be written there, or not in this format."""
+    form = Image.registered_extensions().get(output.suffix.lower())
+    try:
+        Image.new("RGB", (GRID, GRID)).save(io.BytesIO(), form or "")
+    except (OSError, ValueError, KeyError) as error:
+        name = output.name
+        raise UserError(f"{name!r} is not the name of a picture: choose an --output that ends in .png.") from error
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = error.strerror
+        raise UserError(f"{output.parent} cannot be written to ({problem}): choose another --output.") from error
+
+
+def _picture(file: Path) -> Image.Image:
+    """Upright, as RGBA. Raises UserError."""
+    if not file.is_file():
+        raise UserError(f"There is no picture {file}: choose another --picture.")
+    try:
+        return decoded(file)
+    except UserError as error:
+        raise UserError(f"{file.name} cannot be the picture of a card: {error}.") from error
+
+
+def _check_text(*texts: str) -> None:
+    """Raises UserError for bytes on the command line that are no characters."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{text!r} has bytes that are no text: type it again in UTF-8.") from error
 
 
 def _read(file: Path, partner: Path | None, trigger: str) -> list[Embedding]:
@@ -202,6 +252,9 @@ def main() -> None:
     logger = logging.getLogger(__package__)
     logger.setLevel(logging.INFO)
     logger.addHandler(logging.StreamHandler())
+    for stream in (sys.stdout, sys.stderr):  # a word may have letters that a terminal has not
+        with suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         app.cli(prog="textual_inversion", description="Teach an image model a new word from a few pictures.")
         sys.stdout.flush()
@@ -211,7 +264,7 @@ def main() -> None:
         say(f"error: {error} What was saved is there: run the same command again to go on.")
         sys.exit(1)
     except (UserError, TrainingError, OSError) as error:
-        say(f"error: {error}")
+        say(f"error: {inspection.printable(str(error))}")
         sys.exit(1)
     except KeyboardInterrupt:
         with suppress(BrokenPipeError):

@@ -23,7 +23,17 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 from torch import Tensor
 
-from .containers import BUNDLE, FLOATS, INNER_NAME, MAX_JSON_NUMBERS, PNG_TEXT, card_text, check_shape, open_file
+from .containers import (
+    BUNDLE,
+    FLOATS,
+    INNER_NAME,
+    MAX_JSON_NUMBERS,
+    PNG_TEXT,
+    Content,
+    card_text,
+    check_shape,
+    open_file,
+)
 from .embedding import ENCODERS, Embedding, ordered, with_guessed_encoders
 from .errors import UserError, listed
 from .prompts import RESERVED_NAMES, usable_trigger
@@ -58,7 +68,7 @@ def read(path: Path, trigger: str = "", encoders: Collection[str] = ENCODERS) ->
 
     Raises UserError, naming what is in the file, for a file that is not an embedding.
     """
-    tensors, metadata = open_file(path)
+    tensors, metadata = _content(path)
     words = _by_word(tensors, encoders)
     if trigger in words:
         word = trigger
@@ -71,9 +81,15 @@ def read(path: Path, trigger: str = "", encoders: Collection[str] = ENCODERS) ->
 
 def read_all(path: Path, encoders: Collection[str] = ENCODERS) -> list[Embedding]:
     """As ``read``, every embedding of a file: one, or several words in the order of the file."""
-    tensors, metadata = open_file(path)
+    tensors, metadata = _content(path)
     words = _by_word(tensors, encoders)
     return [_embedding(path, word, vectors, dict(metadata), encoders) for word, vectors in words.items()]
+
+
+def _content(path: Path) -> Content:
+    if path.exists() and not path.is_file():  # nobody may ever write to a pipe
+        raise UserError(f"{path.name} is not a regular file: choose the file of an embedding.")
+    return open_file(path)
 
 
 def _embedding(

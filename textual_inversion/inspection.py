@@ -1,5 +1,6 @@
 """Describes an embedding: the length of its vectors and the words nearest to them."""
 
+import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -94,6 +95,14 @@ def title(embedding: Embedding) -> str:
     return f"{embedding.count} vector{'s' if embedding.count > 1 else ''}, {f'{family}: ' if family else ''}{encoders}"
 
 
+def printable(text: str) -> str:
+    """With a replacement character for what is none: a file may hold what a terminal takes for a command."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" or unicodedata.category(letter) == "Zs" else "\ufffd"
+        for letter in text
+    )
+
+
 def describe(embedding: Embedding, found: list[Vectors]) -> str:
     """A readable text: the trigger word, the metadata, then every vector."""
     lines = [f"{embedding.trigger}: {title(embedding)}"]
@@ -110,4 +119,4 @@ def describe(embedding: Embedding, found: list[Vectors]) -> str:
         for number, length in enumerate(part.lengths):
             near = ", ".join(f"{word} {cosine:.2f}" for word, cosine in part.nearest[number]) if part.nearest else ""
             lines.append(f"  {number + 1}: length {readable(length)}{'; nearest: ' if near else ''}{near}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
