@@ -36,7 +36,8 @@ from .vocabulary import initial_embedding
 if TYPE_CHECKING:
     from .adapters.diffusers_pipeline import DiffusersModel
 
-# Of all families. Pictures are read before the model, in memory that does not grow with them.
+# Of all families. Pictures are read before the model, and kept at less than four times this a side: the largest
+# take 268 MB each.
 LARGEST_NATIVE_SIZE = 1024
 SAVE_EVERY = 10  # steps between writes of what is needed to go on
 INTERRUPTED = "Interrupted at step {}."
