@@ -195,7 +195,7 @@ def test_text_encoders_alone_are_checkpointed_first(name):
         plain = torch.autograd.grad(loss(), list(word.parameters()))
         kept = kept_bytes(loss, trainable.weights())
         assert trainable.enable_gradient_checkpointing()
-        assert kept_bytes(loss, trainable.weights()) < kept / 2
+        assert kept_bytes(loss, trainable.weights()) < kept * 0.7  # of two or three layers, one at a time is there
         for one, other in zip(torch.autograd.grad(loss(), list(word.parameters())), plain, strict=True):
             assert one.any()
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)

@@ -9,6 +9,7 @@ import pytest
 from families import NAMED
 
 from dev.in_process import ROOT
+from textual_inversion.memory import MARGIN
 
 # Where ComfyUI's own code makes conditioning on the CPU, or reads a number from the card, for every row.
 WAITS_OF_COMFYUI = {
@@ -54,5 +55,6 @@ def test_a_step_fits_on_the_cards_that_people_have():
         weights = found["network"] + found["encoders"]
         assert weights + found["peak"] < goal / GB_PER_GIB, found
         assert found["estimated"] == pytest.approx(found["plain"], rel=0.2)
+        assert found["all checkpointed"] * MARGIN == pytest.approx(found["peak"], rel=0.2)
         if name == "SD1":  # without recomputing anything
             assert weights + found["plain"] < goal / GB_PER_GIB

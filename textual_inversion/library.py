@@ -257,8 +257,11 @@ def concepts_that_fit(model: TrainableModel, share: Share | None) -> int:
     if share is None or model.device.type == "cpu":
         return 1
     batch = share.batches[0]
-    needed = step_bytes(model, share.tokens.embeddings, [batch], len(batch.prompts))
-    return int(max(1, min(MOST_AT_ONCE, model.free_memory() // needed)))
+    one, two = (
+        step_bytes(model, share.tokens.embeddings, [batch], concepts * len(batch.prompts)) for concepts in (1, 2)
+    )
+    more = (model.free_memory() - one) // max(1, two - one)
+    return int(max(1, min(MOST_AT_ONCE, 1 + more)))
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from .adapters.protocol import TrainableModel
 from .dataset import Batch
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # On top of what the forward pass keeps: the gradients of one block at a time.
 MARGIN = 1.1
+# The same for a part that is recomputed, on top of what it keeps then (dev/pretended_card.py: SD1, SDXL and Flux).
+PART = 1.3
 
 
 @contextmanager
@@ -71,10 +75,7 @@ def checkpoint_everything(model: TrainableModel) -> bool:
 def enable_checkpointing_if_needed(
     model: TrainableModel, embeddings: Sequence[Embedding], batches: Sequence[Batch], batch_size: int
 ) -> None:
-    """Checkpoints one part of the model after the other until a step of ``batch_size`` rows fits in what is free.
-
-    Logs what it takes, which does not count the one block that is recomputed at a time.
-    """
+    """Checkpoints one part of the model after the other until a step of ``batch_size`` rows fits in what is free."""
     while (needed := step_bytes(model, embeddings, batches, batch_size)) > model.free_memory():
         if not model.enable_gradient_checkpointing():
             break
@@ -109,23 +110,59 @@ def step_bytes(
 def kept_bytes(run: Callable[[], Any], weights: Sequence[Tensor]) -> int:
     """Bytes that autograd keeps for the backward pass of ``run``, beside the ``weights``, which are loaded anyway.
 
-    They are counted and not kept: ``run`` takes no more memory than inference.
+    Where parts are recomputed, the most that is there at once: with a part's own while it is recomputed. All is
+    counted and not kept: ``run`` takes no more memory than inference.
     """
-    known = {storage._cdata for weight in weights for storage in _storages(weight)}
-    kept: dict[int, tuple[StorageWeakRef, int]] = {}
+    kept = _Kept({storage._cdata for weight in weights for storage in _storages(weight)})
+    _counting.append(kept)
+    try:
+        with torch.enable_grad(), kept.counted():
+            run()
+    finally:
+        _counting.remove(kept)
+    return max(kept.most, kept.size)
 
-    def count(tensor: Tensor) -> None:
+
+def checkpointed(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """``function(*args, **kwargs)``, recomputed in the backward pass. ``kept_bytes`` counts what is kept then."""
+    if not _counting or torch.compiler.is_compiling():
+        # Nothing in a model draws numbers.
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    kept, part = _counting[-1], _Kept(_counting[-1].known)
+    for value in tree_leaves((args, kwargs)):
+        if isinstance(value, Tensor):
+            kept.count(value)
+    with part.counted():
+        out = function(*args, **kwargs)
+    # The backward pass comes to it when what follows it is done.
+    kept.most = max(kept.most, kept.size + int(PART * part.size))
+    return out
+
+
+class _Kept:
+    """What autograd saves, counted instead."""
+
+    def __init__(self, known: set[int]) -> None:
+        self.known = known
+        self.size = self.most = 0
+        self._found: dict[int, StorageWeakRef] = {}
+
+    def counted(self) -> AbstractContextManager[None]:
+        return torch.autograd.graph.saved_tensors_hooks(self.count, _restore)
+
+    def count(self, tensor: Tensor) -> None:
         for storage in _storages(tensor):
-            if storage._cdata not in known and storage._cdata not in kept:
+            if storage._cdata not in self.known and storage._cdata not in self._found:
                 # The weak reference keeps the number of the storage from being used again, not its memory.
-                kept[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self._found[storage._cdata] = StorageWeakRef(storage)
+                self.size += storage.nbytes()
 
-    def restore(_counted: None) -> Tensor:
-        raise AssertionError("what was only counted has no backward pass")
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, restore):
-        run()
-    return sum(size for _, size in kept.values())
+_counting: list[_Kept] = []  # by kept_bytes, now
+
+
+def _restore(_counted: None) -> Tensor:
+    raise AssertionError("what was only counted has no backward pass")
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:

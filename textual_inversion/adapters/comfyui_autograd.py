@@ -16,7 +16,8 @@ import torch
 from comfy.weight_adapter.bypass import BypassForwardHook
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.checkpoint import checkpoint
+
+from ..memory import checkpointed
 
 
 @contextmanager
@@ -217,8 +218,7 @@ def _recomputed(forward, *args, **kwargs):
 
     snapshot = [dict(value) if isinstance(value, dict) else value for value in args]
     named = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-    again = functools.partial(run, **named)
-    return checkpoint(again, *snapshot, use_reentrant=False, preserve_rng_state=False)  # nothing draws numbers
+    return checkpointed(run, *snapshot, **named)
 
 
 def _fresh(value: Any) -> Any:
