@@ -239,8 +239,8 @@ def test_a_lora_in_bypass_mode_works_in_every_pass(graphs):
 
     def losses(load) -> list[float]:
         with torch.inference_mode():
-            changed = (*load(model, clip, dict(lora), 0.5, 0.5), vae)
-        ours = ComfyModel(*changed)
+            changed, changed_clip = load(model, clip, dict(lora), 0.5, 0.5)
+        ours = ComfyModel(changed, changed_clip, vae)
         batch = fixed_batches(prepared(NAMED["SD1"], ours, CONFIG), CONFIG)[0]
         with ours.training() as trainable, torch.no_grad():
             word = initial_embedding(trainable.vocabularies(), "S*", "toy", 1)

@@ -295,9 +295,8 @@ def test_captions_of_every_name_and_encoding(tmp_path, name, encoding):
     assert left_out == []
 
 
-@pytest.mark.parametrize("of_picture", ["NFC", "NFD"])
-def test_accents_of_file_names_are_spelled_in_two_ways(tmp_path, of_picture):
-    of_caption = {"NFC": "NFD", "NFD": "NFC"}[of_picture]
+@pytest.mark.parametrize(("of_picture", "of_caption"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_of_file_names_are_spelled_in_two_ways(tmp_path, of_picture, of_caption):
     picture().save(tmp_path / unicodedata.normalize(of_picture, "café.png"))
     (tmp_path / unicodedata.normalize(of_caption, "Café.txt")).write_text("a caption")
     assert load_folder(tmp_path, 0).captions == ["a caption"]
