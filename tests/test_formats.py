@@ -813,6 +813,19 @@ def test_two_files_with_the_same_keys_are_no_pair(tmp_path, embedding, one, two)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_a_written_embedding_is_read_whole(tmp_path, format):
+    """Also what diffusers' format puts into two files; an unrelated NAME_2 is no part of it."""
+    one, other = Embedding("<cat>", vectors(SDXL)), Embedding("<dog>", vectors(SD1))
+    formats.write(other, tmp_path / "dog_2.safetensors")
+    if format != "concepts-library":  # of one text encoder
+        path, *_ = formats.write_new(one, tmp_path, "cat", format)
+        found = formats.read_whole(path).for_encoders({"clip_l": 768, "clip_g": 1280})
+        assert all(torch.equal(found.vectors[key], rows) for key, rows in one.vectors.items())
+    path, *_ = formats.write_new(other, tmp_path, "dog", format)
+    assert list(formats.read_whole(path).for_encoders({"clip_l": 768}).vectors) == ["clip_l"]
+
+
 @pytest.mark.parametrize("trigger", ["bundle_emb.a.clip_l", "cat_out", "t5", "emb", "clip_l", "S*", "../up"])
 @pytest.mark.parametrize("format", formats.FORMATS)
 def test_no_word_keeps_vectors_from_being_saved(tmp_path, format, trigger):

@@ -137,6 +137,12 @@ def read_pair(first: Path, second: Path, encoders: Collection[str] = ENCODERS) -
     return Embedding(word, one.vectors | others, two.metadata | one.metadata, unnamed)
 
 
+def read_whole(path: Path) -> Embedding:
+    """As ``read``, with the second file beside it where diffusers' format wrote two."""
+    second = path.with_name(f"{path.stem}_2{path.suffix}")
+    return read_pair(path, second) if second.exists() and _are_pair(path, second) else read(path)
+
+
 def _by_word(tensors: Mapping[str, Tensor], encoders: Collection[str]) -> dict[str, dict[str, Tensor]]:
     """Vectors by word and key; the word is "" where the file holds one embedding."""
     found: dict[str, dict[str, Tensor]] = {}

@@ -358,7 +358,7 @@ class Run:
                     self.kept[trigger] = entry
                     known[trigger] = Embedding(trigger, entry["training"]["ema"][0])
                 elif path := formats.find(self.plan.folder, planned[trigger].name):
-                    known[trigger] = formats.read(path).renamed(trigger).for_encoders(widths)
+                    known[trigger] = formats.read_whole(path).renamed(trigger).for_encoders(widths)
                 else:
                     raise UserError(f"{planned[trigger].name} is in {self.plan.folder} on another machine only.")
             beside = tuple(one for one in word.concept.beside if one in here or one in known)
