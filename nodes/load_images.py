@@ -122,10 +122,10 @@ class LoadImages(io.ComfyNode):
 
 
 def _files_in(folder: Path | None) -> Files:
-    """What a change of shows that pictures or captions changed. What lies beside them changes nothing."""
+    """The files that are read from a folder, as they are now: another answer means that pictures or captions changed."""
     if folder is None or not folder.is_dir():
         return []
-    folders = [folder, *concepts_inside(folder, roots())]
+    folders = [folder, *concepts_inside(folder, roots())]  # of other folders inside nothing is read
     files = [entry for one in folders for entry in sorted(one.iterdir()) if entry.is_file()]
     files = [file for file in files if not file.name.startswith(".")]  # hidden, such as those that Finder writes
     return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]

@@ -17,8 +17,9 @@ app.registerExtension({
     nodeType.prototype.onExecuted = function (output) {
       onExecuted?.call(this, output);
       const isThere = this.widgets.some((widget) => widget.name === "preview_text");
-      if (output.text?.some(Boolean) && !isThere) addTextPreviewWidgets(this);
-      if (output.text?.some(Boolean) || isThere) updateTextPreviewWidgets(this, output);
+      const says = output.text?.some(Boolean);
+      if (says && !isThere) addTextPreviewWidgets(this);
+      if (says || isThere) updateTextPreviewWidgets(this, output);
     };
   },
 });
