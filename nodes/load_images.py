@@ -122,7 +122,7 @@ class LoadImages(io.ComfyNode):
 
 
 def _files_in(folder: Path | None) -> Files:
-    """The files that are read from a folder, as they are now: another answer means that pictures or captions changed."""
+    """The files that are read from a folder, as they are now: another answer means that something changed."""
     if folder is None or not folder.is_dir():
         return []
     folders = [folder, *concepts_inside(folder, roots())]  # of other folders inside nothing is read
