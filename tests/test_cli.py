@@ -184,7 +184,8 @@ def test_inspect_imports_no_diffusers_and_is_quiet_in_a_pipe(tmp_path):
     [
         (["inspect", "missing.pt"], 1, "error: missing.pt cannot be read"),
         (["train", "--model", "nowhere", "--images", PICTURES, "--trigger", "a/b"], 1, "contains '/'"),
-        (["train", "--model", "nowhere", "--images", "nowhere"], 1, "nowhere"),
+        (["train", "--model", "nowhere", "--images", "nothing"], 1, "'nothing' cannot be read (no such file or"),
+        (["train", "--model", "nowhere", "--images", __file__], 1, "cannot be read (not a directory): choose another"),
         (["train", "--model", "nowhere", "--images", PICTURES, "--vectors", "0"], 2, "choose a value from 1 to 75"),
         (["train", "--model", "nowhere", "--images", PICTURES], 1, "nowhere"),
         (["train", "--images", PICTURES], 2, "--model"),

@@ -161,3 +161,15 @@ def test_page_shows_the_translation(page, language):
     expect(pictures.get_by_role("button", name=on_page["textual_inversion.pictures.add"])).to_be_visible()
     train.get_by_label(words["TI_Train.inputs.preview_prompt.name"]).hover()
     expect(page.get_by_text(words["TI_Train.inputs.preview_prompt.tooltip"])).to_be_visible()
+
+
+def test_broken_texts_of_another_pack_cost_none_of_ours(chromium, tmp_path):
+    """ComfyUI then sends nobody any texts. It sends none either where its folder has a bracket in its name."""
+    (tmp_path / "locales/en").mkdir(parents=True)
+    (tmp_path / "locales/en/main.json").write_bytes('{"x": "中文"}'.encode("gbk"))
+    (tmp_path / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
+    with ComfyServer(packs={"broken": tmp_path}) as server:
+        assert server.http.get(f"{server.url}/i18n", timeout=60).status_code == 500
+        with opened(server, chromium, "canvas") as page:
+            page.evaluate("app.graph.add(LiteGraph.createNode('TI_LoadImages'))")
+            expect(page.locator(".ti-pictures")).to_be_attached()

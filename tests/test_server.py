@@ -283,6 +283,26 @@ def test_of_several_pictures_the_last_is_the_thumbnail(server):
     assert len(list((server.base / "models/embeddings").glob("once*"))) == 2
 
 
+def test_a_scaled_thumbnail_has_the_colours_of_its_picture(server):
+    """Scaling gives numbers beyond white and black, which must not come out as their opposites."""
+    Image.fromarray(np.kron([[0, 255], [255, 0]], np.ones((32, 32))).astype(np.uint8)).save(
+        server.base / "input/checked.png"
+    )
+    save_file({"clip_l": torch.ones(1, 768)}, server.base / "models/embeddings/plain.safetensors")
+    scaled = {"upscale_method": "bicubic", "width": 256, "height": 256, "crop": "disabled"}
+    saved = {"name": "scaled", "overwrite": True, "picture": ["scaled", 0]}
+    graph = {
+        "picture": node("LoadImage", image="checked.png"),
+        "scaled": node("ImageScale", image=["picture", 0], **scaled),
+        "embedding": node("TI_LoadEmbedding", file="plain.safetensors", partner="none", word=""),
+        "save": node("TI_SaveEmbedding", embedding=["embedding", 0], **saved),
+    }
+    server.run(graph)
+    with Image.open(server.base / "models/embeddings/scaled.preview.png") as picture:
+        line = np.asarray(picture)[8, :, 0]
+    assert (line > 127).tolist() == [False] * 128 + [True] * 128
+
+
 @pytest.mark.parametrize("name", ["thumbnail", "thumbnail_v1.5"])
 def test_a_picture_becomes_the_thumbnail(server, name):
     """ComfyUI's own model library shows it, Load Embedding does not take it for an embedding."""

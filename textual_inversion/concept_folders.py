@@ -59,9 +59,12 @@ def load_concepts(folder: Path, size: int, square: bool = False, roots: Sequence
 
 
 def concepts_inside(folder: Path, roots: Sequence[Path] = ()) -> list[Path]:
-    """The folders in ``folder`` where each is a concept of its own, which they are not beside pictures."""
-    inside = folders_inside(folder, roots)
-    return [] if inside and any(_is_picture(file) for file in folder_files(folder, roots).pictures) else inside
+    """The folders in ``folder`` where each is a concept of its own, which they are not beside pictures.
+
+    Raises UserError where the folder cannot be listed.
+    """
+    files, inside = folder_files(folder, roots).pictures, folders_inside(folder, roots)
+    return [] if inside and any(map(_is_picture, files)) else inside
 
 
 def _is_picture(file: Path) -> bool:

@@ -179,5 +179,5 @@ def _tensors(picture: Image.Image, size: int, square: bool) -> tuple[Tensor, Ten
 
 
 def to_pillow(pixels: Tensor) -> Image.Image:
-    """(H, W, 3) in 0..1 as a picture."""
-    return Image.fromarray((pixels * 255).round().byte().cpu().numpy())
+    """(H, W, 3) as a picture. Scaling may have left numbers outside of 0..1, which bytes would wrap around."""
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().cpu().numpy())

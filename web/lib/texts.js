@@ -2,12 +2,12 @@ import { api } from "../../../scripts/api.js";
 
 /**
  * The texts of one part of the page (locales/<language>/main.json), in the language of ComfyUI's page.
- * What a language lacks stays English.
+ * What a language lacks stays English. ComfyUI's own /i18n fails for all packs where one of them has a broken file.
  */
 export async function texts(part) {
-  const [translations, language] = await Promise.all(["/i18n", "/settings/Comfy.Locale"].map(answer));
-  const english = translations.en.textual_inversion[part];
-  return merged(english, translations[language ?? preferred(translations)]?.textual_inversion?.[part] ?? {});
+  const [translations, language] = await Promise.all(["/textual_inversion/texts", "/settings/Comfy.Locale"].map(answer));
+  const chosen = translations[language ?? preferred(translations)];
+  return merged(translations.en[part], chosen?.[part] ?? {});
 }
 
 async function answer(route) {
