@@ -8,7 +8,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..textual_inversion import UserError
 from ..textual_inversion.concept_folders import concepts_inside, load_concepts
-from ..textual_inversion.pictures import LeftOut
+from ..textual_inversion.pictures import LeftOut, is_hidden
 from .picture_folders import chosen_folder, roots
 from .sockets import CATEGORY
 
@@ -127,5 +127,5 @@ def _files_in(folder: Path | None) -> Files:
         return []
     folders = [folder, *concepts_inside(folder, roots())]  # of other folders inside nothing is read
     files = [entry for one in folders for entry in sorted(one.iterdir()) if entry.is_file()]
-    files = [file for file in files if not file.name.startswith(".")]  # hidden, such as those that Finder writes
+    files = [file for file in files if not is_hidden(file.name)]
     return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]

@@ -28,7 +28,7 @@ def chosen_folder(folder: str, path: str) -> Path | None:
 def roots() -> list[Path]:
     """The folders in and below which pictures may be read."""
     own = (folder_paths.get_input_directory(), folder_paths.get_output_directory(), folder_paths.get_temp_directory())
-    more = [folder for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder.strip()]
+    more = [_plain(folder) for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder.strip()]
     return [_normal(folder) for folder in (*own, *more)]
 
 

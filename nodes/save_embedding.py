@@ -102,15 +102,15 @@ class _Order:
 def _save(order: _Order) -> tuple[str, list[str]]:
     """Writes a file; returns how prompts name it, or nothing if they cannot, and what there is to tell."""
     folder, chosen = embeddings_folder(), formats.FORMATS[order.format]
-    embedding, name, format = order.embedding, order.file_name, order.format
+    embedding, format = order.embedding, order.format
     shown = None if order.picture is None else to_pillow(order.picture[-1])
-    if order.overwrite:
-        path = folder / f"{name}{chosen.suffix}"
-        if chosen.stock_reads_it:
-            check_overwrite(path, name)
-        written = formats.write(embedding, path, format, shown)
-    else:
-        written = formats.write_new(embedding, folder, name, format, shown, is_taken)
+    try:
+        written = _write(order, folder, shown)
+    except OSError as error:
+        raise UserError(
+            f"{order.file_name!r} cannot be written to the embeddings folder ({error.strerror or error}): make room "
+            "there, change its rights, or choose another name."
+        ) from error
     names = [file.relative_to(folder).as_posix() for file in written]
     prompt, text = f"embedding:{names[0].removesuffix(chosen.suffix)}", ""
     if len(written) > 1 or not chosen.stock_reads_it:  # Load Embedding reads them
@@ -121,6 +121,16 @@ def _save(order: _Order) -> tuple[str, list[str]]:
         if shown:
             told.append(_save_thumbnail(written[0], shown))
     return prompt, [line for line in told if line]
+
+
+def _write(order: _Order, folder: Path, picture: Image.Image | None) -> list[Path]:
+    embedding, name, format, chosen = order.embedding, order.file_name, order.format, formats.FORMATS[order.format]
+    if not order.overwrite:
+        return formats.write_new(embedding, folder, name, format, picture, is_taken)
+    path = folder / f"{name}{chosen.suffix}"
+    if chosen.stock_reads_it:
+        check_overwrite(path, name)
+    return formats.write(embedding, path, format, picture)
 
 
 def _save_thumbnail(file: Path, picture: Image.Image) -> str:

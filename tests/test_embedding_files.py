@@ -124,6 +124,13 @@ def test_stock_comfyui_reads_what_is_saved_by_the_name_that_is_shown(folders, na
     assert torch.equal(stock(f"{prompt}-2", folders), 2 * WORD.vectors["clip_l"])
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_disk_that_refuses_a_file_is_one_sentence(folders, overwrite):
+    (folders[0] / "animals").touch()
+    with pytest.raises(UserError, match=r"'animals/cat' cannot be written to the embeddings folder \(.+\): make room"):
+        save("animals/cat", overwrite=overwrite)
+
+
 def test_names_that_look_the_same_are_the_same(folders):
     for form in ("NFC", "NFD"):
         save_file(WORD.vectors, folders[1] / f"{unicodedata.normalize(form, 'été')}.safetensors")

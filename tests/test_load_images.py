@@ -110,7 +110,8 @@ def test_stray_files_are_named_and_left_out(tmp_path, caplog):
     picture().save(tmp_path / "a.png")
     (tmp_path / "notes.md").write_text("hello")
     (tmp_path / "a.txt").write_text("a caption")
-    (tmp_path / ".hidden").write_text("x")
+    for name in (".hidden", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).write_text("x")
     (tmp_path / "folder").mkdir()
     with caplog.at_level(logging.WARNING):
         images, _, _, left_out = load_folder(tmp_path, 0)
@@ -460,8 +461,9 @@ def test_a_share_on_another_computer_is_never_asked(path, monkeypatch):
     assert not [at for at in asked if "host" in at]
 
 
-def test_paths_as_people_paste_them(input_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv(VARIABLE, f"/nowhere:{tmp_path}")
+@pytest.mark.parametrize("allowed", ["{}", '"{}"', "~"])
+def test_paths_as_people_paste_them(input_folder, tmp_path, monkeypatch, allowed):
+    monkeypatch.setenv(VARIABLE, f"/nowhere:{allowed.format(tmp_path)}")
     monkeypatch.setenv("HOME", str(tmp_path))
     place = tmp_path / "my cat"
     place.mkdir()
@@ -508,7 +510,8 @@ def test_fingerprint_sees_new_and_changed_files(tmp_path, monkeypatch):
     assert third != second
     (tmp_path / "inside").mkdir()
     picture().save(tmp_path / "inside/b.png")
-    (tmp_path / ".DS_Store").write_bytes(b"written by Finder")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).write_bytes(b"written by Finder or Explorer")
     assert fingerprint() == third, "neither a folder beside pictures nor a hidden file is read"
     (tmp_path / "a.png").unlink()
     concepts = fingerprint()

@@ -91,7 +91,7 @@ def folder_files(folder: Path, roots: Sequence[Path] = ()) -> FolderFiles:
     Raises UserError where the folder cannot be listed.
     """
     try:
-        files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+        files = sorted(file for file in folder.iterdir() if file.is_file() and not is_hidden(file.name))
     except OSError as error:
         problem = (error.strerror or "unknown error").lower()
         raise UserError(f"The folder {folder.name!r} cannot be read ({problem}): choose another one.") from error
@@ -114,6 +114,11 @@ def is_inside(path: Path, roots: Sequence[Path]) -> bool:
     """Whether a path, or what it links to, is inside one of these folders."""
     real = path.resolve()
     return any(real.is_relative_to(root.resolve()) for root in roots)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is none of the user's: Finder and Windows' Explorer write some into folders that are looked at."""
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
 
 
 def is_caption(name: str) -> bool:
