@@ -16,7 +16,7 @@ from .files import states_folder
 MOST_STATES = 20  # besides that of the run at hand
 MOST_DAYS = 30
 DAY = 24 * 60 * 60  # seconds
-LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp")  # what formats.write leaves when the process is killed
+LEFTOVER = re.compile(r"ti-[0-9a-f]{32}\.tmp")  # what formats.write leaves when the process is killed
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def sweep(kept: Sequence[StateFile], folders: Sequence[Path]) -> None:
             MOST_DAYS,
         )
     leftovers = [*states_folder().glob(f"*{PARTIAL}")]
-    leftovers += [path for folder in folders for path in folder.glob("*.tmp") if LEFTOVER.search(path.name)]
+    leftovers += [path for folder in folders for path in folder.glob("*.tmp") if LEFTOVER.fullmatch(path.name)]
     for path in leftovers:
         if _days_old(path) > 1:  # not what another process is writing
             path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from .sockets import CATEGORY, MAIN_FIELDS, EmbeddingSocket, LossMapSocket, Sett
 from .state_file import StateFile
 from .training_run import run_training
 
-LIST_AS_TEXT = re.compile(r"\[\s*(['\"].*['\"]|[\d., ]*|None.*)\s*\]", re.DOTALL)
+IN_A_LIST = re.compile(r"['\"].*['\"]|[\d., ]*|None.*", re.DOTALL)  # what stands between the brackets of one as text
 LOAD_IMAGE = ("LoadImage", "LoadImageOutput")  # ComfyUI's, whose masks are inverted
 
 
@@ -167,7 +167,8 @@ def _check_single(inputs: Mapping[str, Sequence[Any]]) -> None:
 def _check_no_list_as_text(captions: Sequence[Any]) -> None:
     """Raises UserError where ComfyUI has turned a list that came through the API into one text."""
     for caption in captions:
-        if isinstance(caption, str) and LIST_AS_TEXT.fullmatch(caption):
+        is_list = isinstance(caption, str) and caption.startswith("[") and caption.endswith("]")
+        if is_list and IN_A_LIST.fullmatch(caption[1:-1].strip()):
             raise UserError(
                 "The captions are a list that has become one text: connect Load Images, or another node that gives a "
                 "list of texts, one for each picture."

@@ -14,7 +14,7 @@ from ti_pack.nodes.state_file import DAY, MOST_DAYS, MOST_STATES, StateFile, swe
 
 from demo.measure import CONCEPTS
 from dev.comfyui_server import ComfyServer
-from textual_inversion import UserError
+from textual_inversion import Embedding, UserError, formats
 
 OTHERS = "Started over: settings, pictures, the model or the node pack changed since the unfinished run, which is kept."
 
@@ -226,9 +226,10 @@ def test_finishing_one_run_leaves_the_others(folder):
 def test_what_killed_processes_left_is_swept(folder, tmp_path):
     """Of our names and older than a day: nothing of anybody else's, and nothing that is being written."""
     folder.mkdir()
-    hexadecimal = "0123456789abcdef" * 2
-    ours = [folder / "a-b.partial", tmp_path / f"S.safetensors.{hexadecimal}.tmp"]
-    others = [folder / "a.txt", tmp_path / "S.tmp", tmp_path / "S.safetensors", tmp_path / f"S.{hexadecimal[1:]}.tmp"]
+    word = Embedding("S*", {"clip_l": torch.rand(1, 768)})
+    with formats._read_back(formats._make_files(word, "comfyui", None), [tmp_path / "S.safetensors"]) as written:
+        ours = [folder / "a-b.partial", *written]
+    others = [folder / "a.txt", tmp_path / "S.tmp", tmp_path / "S.safetensors", tmp_path / f"S-{written[0].name}"]
     for path in [*ours, *others]:
         path.touch()
     sweep([StateFile("owner", "own")], [tmp_path, tmp_path / "not there"])

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from ti_pack.nodes.concept_run import preview_interval  # pyright: ignore[reportMissingImports]
 from ti_pack.nodes.live import EVENT, Record  # pyright: ignore[reportMissingImports]  made by conftest.py
+from ti_pack.nodes.train import _check_no_list_as_text  # pyright: ignore[reportMissingImports]
 
 from dev.comfyui_server import ComfyError, ComfyServer
 from dev.in_process import ROOT
@@ -625,6 +626,13 @@ def test_a_list_of_captions_through_the_api_is_no_caption(server, captions):
     graph["train"]["inputs"]["captions"] = {"__value__": captions}
     run = server.run(graph, check=False)
     assert "The captions are a list that has become one text" in run.error["exception_message"]
+
+
+def test_a_long_caption_is_checked_at_once():
+    """One of blanks behind a bracket took hours, in which the server answered nobody."""
+    began = time.perf_counter()
+    _check_no_list_as_text(["[" + " " * 2000 + "x", "[" + " " * 60_000 + "]x"])
+    assert time.perf_counter() - began < 1
 
 
 @pytest.mark.parametrize(
