@@ -1,4 +1,5 @@
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -108,12 +109,13 @@ class LoadImages(io.ComfyNode):
     @classmethod
     def execute(cls, folder, path, crop, size) -> io.NodeOutput:
         place = chosen_folder(folder, path)
-        if place is None or not place.is_dir() or not any(place.iterdir()):
+        files = _files_in(place)
+        if place is None or not files:
             raise UserError(
                 "Load Images has no pictures: press 'Add pictures' in it, or choose a folder with pictures."
             )
         if cls.hidden and cls.hidden.unique_id in USED:
-            USED[cls.hidden.unique_id][place] = _files_in(place)
+            USED[cls.hidden.unique_id][place] = files
         loaded, triggers = load_concepts(place, size, crop == "square", roots())
         LEFT_OUT[loaded.images[0]] = loaded.left_out
         left_out = [file._asdict() for file in loaded.left_out]
@@ -125,7 +127,8 @@ def _files_in(folder: Path | None) -> Files:
     """The files that are read from a folder, as they are now: another answer means that something changed."""
     if folder is None or not folder.is_dir():
         return []
-    folders = [folder, *concepts_inside(folder, roots())]  # of other folders inside nothing is read
-    files = [entry for one in folders for entry in sorted(one.iterdir()) if entry.is_file()]
-    files = [file for file in files if not is_hidden(file.name)]
+    files: list[Path] = []
+    for one in [folder, *concepts_inside(folder, roots())]:  # of other folders inside nothing is read
+        with suppress(OSError):  # one that must not be read is left out
+            files += sorted(entry for entry in one.iterdir() if entry.is_file() and not is_hidden(entry.name))
     return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]

@@ -55,7 +55,11 @@ def list_pictures(folder: str, path: str) -> dict[str, Any]:
             left_out += [LeftOut(f"{one.name}/", BESIDE_PICTURES) for one in folders_inside(chosen, roots())]
         for one in inside:
             place = {"folder": "", "path": str(one)} if path.strip() else {"folder": f"{folder}/{one.name}", "path": ""}
-            found, problems = _pictures_of(one)
+            try:
+                found, problems = _pictures_of(one)
+            except UserError as error:  # the node leaves it out too
+                left_out.append(LeftOut(f"{one.name}/", str(error)))
+                continue
             left_out += [LeftOut(f"{one.name}/{file.name}", file.reason) for file in problems]
             if found:
                 concepts.append({"name": one.name, "place": place, "pictures": found})

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps
 from pillow_heif import from_pillow
 from ti_pack.nodes.load_images import LoadImages  # pyright: ignore[reportMissingImports]  made by conftest.py
 from ti_pack.nodes.picture_folders import VARIABLE  # pyright: ignore[reportMissingImports]
+from ti_pack.nodes.pictures_route import list_pictures  # pyright: ignore[reportMissingImports]
 
 from textual_inversion import UserError, picture_files
 from textual_inversion.dataset import resize
@@ -402,6 +404,30 @@ def test_picture_info_agrees_with_what_is_loaded(tmp_path):
 def test_empty_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match="There are no pictures in"):
         load_folder(tmp_path, 0, False)
+
+
+def test_a_folder_that_must_not_be_read(input_folder, monkeypatch):
+    """Alone it is an error, of a library it is left out: the node does not run again and again, nor is its list empty."""
+    for name in ("a", "b"):
+        (input_folder / "library" / name).mkdir(parents=True)
+        picture().save(input_folder / "library" / name / "1.png")
+    locked, first = input_folder / "library/b", Path.iterdir
+
+    def iterdir(folder):
+        if folder == locked:
+            raise PermissionError(13, "Permission denied")
+        return first(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    reason = "The folder 'b' cannot be read (permission denied): choose another one."
+    left_out = [{"name": "b/", "reason": reason}]
+    with pytest.raises(UserError, match=re.escape(reason)):
+        load("library/b")
+    assert load("library").ui == {"left_out": left_out}
+    ((name, _, _),) = LoadImages.fingerprint_inputs("library", "", "square", 64)
+    assert Path(name).parts[-2:] == ("a", "1.png")
+    listed = list_pictures("library", "")
+    assert ([concept["name"] for concept in listed["concepts"]], listed["left_out"]) == (["a"], left_out)
 
 
 def load(folder: str = "", path: str = ""):
