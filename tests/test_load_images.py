@@ -407,7 +407,7 @@ def test_empty_folder_is_an_error(tmp_path):
 
 
 def test_a_folder_that_must_not_be_read(input_folder, monkeypatch):
-    """Alone it is an error, of a library it is left out: the node does not run again and again, nor is its list empty."""
+    """Alone it is an error. Of a library it is left out: it is listed without it, and does not run each time."""
     for name in ("a", "b"):
         (input_folder / "library" / name).mkdir(parents=True)
         picture().save(input_folder / "library" / name / "1.png")

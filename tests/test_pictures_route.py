@@ -78,14 +78,14 @@ def test_a_folder_of_folders_is_a_list_of_concepts(server, folder):
         (folder / name).mkdir()
     for name in ("cat/a.png", "cat/b.png", "my dog/a.png"):
         (folder / name).write_bytes(picture())
-    (folder / "Thumbs.db").write_bytes(b"no picture")
+    (folder / "notes.md").write_bytes(b"no picture")
     (folder / "cat/notes.md").write_text("no picture")
     for by_name, path in (("listed", ""), ("", f'"{folder}"')):
         answer = ask(server, PICTURES, folder=by_name, path=path).json()
         assert answer["pictures"] == []
         found = [(one["name"], [shown["name"] for shown in one["pictures"]]) for one in answer["concepts"]]
         assert found == [("cat", ["a.png", "b.png"]), ("my dog", ["a.png"])]
-        assert [file["name"] for file in answer["left_out"]] == ["Thumbs.db", "cat/notes.md", "empty/"]
+        assert [file["name"] for file in answer["left_out"]] == ["notes.md", "cat/notes.md", "empty/"]
         inside = answer["concepts"][1]["place"]
         assert ask(server, THUMBNAIL, **inside, name="a.png").status_code == 200
     inputs = {"folder": "listed", "path": "", "crop": "square", "size": 0}
@@ -95,7 +95,7 @@ def test_a_folder_of_folders_is_a_list_of_concepts(server, folder):
     }
     outputs = server.run(graph).history["outputs"]
     assert outputs["shown"]["text"] == ["<cat>", "<cat>", "<my_dog>"]
-    assert [file["name"] for file in outputs["load"]["left_out"]] == ["Thumbs.db", "cat/notes.md", "empty/"]
+    assert [file["name"] for file in outputs["load"]["left_out"]] == ["notes.md", "cat/notes.md", "empty/"]
 
 
 OUTSIDE = (
