@@ -149,6 +149,14 @@ def test_inspect_and_convert(tmp_path):
     assert {path.name for path in tmp_path.glob("my*")} == {f"my_v1.3{n}.safetensors" for n in ("", "-2", "-3")}
 
 
+def test_converting_to_where_nothing_can_be_written(tmp_path):
+    save_file({"clip_l": torch.ones(2, 768)}, tmp_path / "word.safetensors")
+    (tmp_path / "file").touch()
+    done = call("convert", "word.safetensors", "--to", "a1111", "--output", "file/word", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: file cannot be written to (File exists): choose another --output.\n"
+
+
 def test_several_words_of_one_file(tmp_path):
     words = {f"bundle_emb.<s{n}>.clip_l": torch.full((n, 768), float(n)) for n in (1, 2)}
     save_file(words, tmp_path / "lora.safetensors")

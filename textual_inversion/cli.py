@@ -157,7 +157,12 @@ def convert(
     shown = _picture(picture).convert("RGB") if picture else None
     for embedding in found:
         new = target(output or file.parent, embedding.trigger) if several else target(output or file, file.name)
-        print_files(formats.write_new(embedding, *new, to, shown), embedding, to)
+        try:
+            files = formats.write_new(embedding, *new, to, shown)
+        except OSError as error:
+            problem = error.strerror
+            raise UserError(f"{new[0]} cannot be written to ({problem}): choose another --output.") from error
+        print_files(files, embedding, to)
 
 
 @app.command
