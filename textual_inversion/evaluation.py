@@ -21,12 +21,12 @@ from .objective import fixed_losses
 from .processes import ALONE, Processes
 
 CERTAIN = 2.0  # standard errors
-FLAT = 0.1  # the second half of the run brought less than this share of what the word is worth
+FLAT = 0.15  # the second half of the run brought less than this share of what the word is worth
 KNOWN = 0.2  # of what the word is worth: the standard error with which progress is known well enough
 NEGLIGIBLE = 1e-4  # of the loss
 SHARE = 0.12  # of the work of training that evaluations take in a long run
 FORWARD_ROWS = 3  # evaluated in the time that one row takes in training, which has a backward pass
-MOST_BLOCKS = 8
+MOST_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,21 @@ class Difference:
         return self.mean > CERTAIN * self.error
 
 
-def fairest(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The evaluation in which the initializer did best, with the per-image tokens it had then.
+def fairest(evaluations: Sequence[Evaluation], at: Evaluation) -> Evaluation:
+    """The evaluation whose initializer what was learned ``at`` is compared with: the same one, beside the same tokens.
 
-    Beside the tokens of a later step it would look bad once they have left to the embedding what every picture
-    shows, such as a background.
+    But where the initializer was surely better beside the per-image tokens of another step, the one in which it did
+    best: beside those of now it looks bad once they have left to the embedding what every picture shows, such as a
+    background.
     """
-    rows = min(len(evaluation.initial) for evaluation in evaluations)
-    return min(evaluations, key=lambda evaluation: evaluation.initial[:rows].mean().item())
+    better = [other for other in evaluations if Difference.of(at.initial, other.initial).certain]
+    rows = min((len(other.initial) for other in better), default=0)
+    return min(better, key=lambda other: other.initial[:rows].mean().item(), default=at)
 
 
 def gain(evaluations: Sequence[Evaluation], at: Evaluation) -> Difference:
     """How far the embedding of ``at`` lowers the loss below the initializer's at its best."""
-    return Difference.of(fairest(evaluations).initial, at.learned)
+    return Difference.of(fairest(evaluations, at).initial, at.learned)
 
 
 def handing_over(evaluations: Sequence[Evaluation], began: int) -> bool:

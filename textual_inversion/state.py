@@ -155,7 +155,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
     return torch.load(io.BytesIO(data[begin:]), weights_only=True)
 
 
-RECIPE = 11  # counts changes of training that make an older unfinished run another run
+RECIPE = 12  # counts changes of training that make an older unfinished run another run
 
 
 def saved_settings(config: TrainConfig) -> dict[str, Any]:

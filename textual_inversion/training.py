@@ -49,6 +49,7 @@ MEASURED_SHARE = 1 / 20  # of all steps, where they are few
 STEPS_TO_TELL = 100
 MOST_STEPS_TO_TELL = 700
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
+LEAST_FIRST_AGREEMENT = 0.04  # those of the first steps, which are fewer
 
 MOST_SKIPPED = 8  # batches in a row whose loss or gradient is not a number
 
@@ -238,7 +239,7 @@ def earliest_end(progress: Progress, config: TrainConfig) -> int:
     """
     if config.patience == 0:
         return config.steps
-    enough = STEPS_TO_TELL / math.sqrt(max(progress.agreement, LEAST_AGREEMENT))
+    enough = STEPS_TO_TELL / math.sqrt(max(progress.agreement, LEAST_FIRST_AGREEMENT))
     if progress.flat and not well_known(progress.evaluations, progress.began):
         enough = max(enough, MOST_STEPS_TO_TELL)
     return min(config.steps, max(progress.step, progress.began + math.ceil(enough)))
@@ -267,7 +268,7 @@ def _initial_state(
 
 def _head_start(agreement: float, config: TrainConfig) -> int:
     """Steps in which only the per-image tokens learn."""
-    long = max(LEAST_HEAD_START, HEAD_START / math.sqrt(max(agreement, LEAST_AGREEMENT)))
+    long = max(LEAST_HEAD_START, HEAD_START / math.sqrt(max(agreement, LEAST_FIRST_AGREEMENT)))
     return int(min(HEAD_START_OF_STYLES if config.kind == "style" else long, config.steps * HEAD_START_SHARE))
 
 
@@ -288,7 +289,7 @@ def _evaluate(state: TrainState, evaluator: Evaluator) -> float:
     learning = progress.step > progress.began
     worse = Difference.of(last.learned, progress.best_evaluation.learned).certain
     worse = worse or (learning and handing_over(progress.evaluations, progress.began))
-    useless = Difference.of(last.learned, fairest(progress.evaluations).initial).certain
+    useless = Difference.of(last.learned, fairest(progress.evaluations, last).initial).certain
     if not (worse or useless):
         progress = replace(progress, best=ema.concept.snapshot(), best_step=last.step)
     if learning:
