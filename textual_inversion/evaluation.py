@@ -31,7 +31,7 @@ MOST_BLOCKS = 16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses of the fixed rows after ``step`` steps, (rows,) each. A later evaluation has the same rows or more."""
+    """Losses of the first of the fixed rows after ``step`` steps, (rows,) each."""
 
     step: int
     initial: Tensor
@@ -77,7 +77,7 @@ def fairest(evaluations: Sequence[Evaluation], at: Evaluation) -> Evaluation:
 
 
 def gain(evaluations: Sequence[Evaluation], at: Evaluation) -> Difference:
-    """How far the embedding of ``at`` lowers the loss below the initializer's at its best."""
+    """How far the embedding of ``at`` lowers the loss below the initializer's (see ``fairest``)."""
     return Difference.of(fairest(evaluations, at).initial, at.learned)
 
 
@@ -90,17 +90,12 @@ def handing_over(evaluations: Sequence[Evaluation], began: int) -> bool:
 
 
 def recent_progress(evaluations: Sequence[Evaluation], began: int) -> Difference:
-    """What the second half of the run since step ``began`` added to what the embedding is worth.
+    """What the second half of the run since step ``began`` added to the embedding's lead over the initializer.
 
-    That is a lower loss, and a larger distance to the initializer beside the same per-image tokens: the smaller of the
-    two, since with only the first the tokens learn, not the embedding.
+    Each beside the same per-image tokens: a lower loss may be what only these learned.
     """
     last, half = evaluations[-1], _middle(evaluations, began)
-    learned = half.learned if half.step > began else half.initial  # with which it began
-    rows = len(learned)
-    lower = Difference.of(learned, last.learned)
-    apart = Difference.of(last.initial[:rows] - last.learned[:rows], half.initial - learned)
-    return min(lower, apart, key=lambda difference: difference.mean)
+    return Difference.of(last.initial - last.learned, half.initial - half.learned)
 
 
 def flat(evaluations: Sequence[Evaluation], began: int) -> bool:
