@@ -89,6 +89,20 @@ def steps_of(path: Path) -> int:
     return int(formats.read(path).metadata["steps"])
 
 
+def test_a_click_that_does_not_reach_the_server_can_be_repeated(page, server):
+    load(page, graph(steps=ENDLESS))
+    panel = show(page)
+    queue(page)
+    expect(run(panel, "learning")).to_be_visible()
+    stop, address = panel.get_by_role("button", name="Stop and keep"), re.compile("/runs/.*/stop")
+    page.route(address, lambda route: route.abort())
+    stop.click()
+    expect(page.get_by_text("ComfyUI did not accept this.").last).to_be_visible()
+    page.unroute(address)
+    stop.click()
+    expect(run(panel, "done")).to_contain_text("Stopped by hand")
+
+
 def test_preview_now_and_full_size(page):
     load(page, graph(steps=ENDLESS))
     panel = show(page)

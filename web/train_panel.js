@@ -170,8 +170,11 @@ class TrainPanel {
       this.asked[action] = this.asking(action);
       this.enable();
       const [run, what] = action === "stopAll" ? [this.record.group, "stop"] : [this.record.run, action];
-      const answer = await api.fetchApi(`/textual_inversion/runs/${run}/${what}`, { method: "POST" });
-      if (!answer.ok) tell("warn", label, TEXTS.refused);
+      const answer = await post(`${run}/${what}`);
+      if (answer.ok) return;
+      delete this.asked[action]; // so that it can be asked once more
+      this.enable();
+      tell("warn", label, TEXTS.refused);
     };
     return element("button", { type: "button", textContent: label, title: help, onclick });
   }
@@ -291,11 +294,17 @@ function below({ title, keep }) {
 
 /** Makes what the preview of this step shows the result of the run; after its end the server saves it. */
 async function keepPicture(run, step) {
-  const answer = await api.fetchApi(`/textual_inversion/runs/${run}/keep/${step}`, { method: "POST" });
+  const answer = await post(`${run}/keep/${step}`);
+  if (!answer.status) return tell("warn", TEXTS.keep, TEXTS.refused);
   if (answer.status === 507) return tell("error", TEXTS.keep, (await answer.json()).error); // the disk refused it
   if (!answer.ok) return tell("warn", TEXTS.keep, answer.status === 409 ? TEXTS.ending : TEXTS.gone);
   const { saved } = await answer.json();
   tell("success", TEXTS.keep, saved ? filled(TEXTS.saved, { name: saved }) : filled(TEXTS.kept, { step }));
+}
+
+/** Asks the server for something about a run; an empty answer where it cannot be reached. */
+function post(what) {
+  return api.fetchApi(`/textual_inversion/runs/${what}`, { method: "POST" }).catch(() => ({}));
 }
 
 function tell(severity, summary, detail) {
