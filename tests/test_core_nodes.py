@@ -4,16 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.sd
 import comfy_extras.nodes_hooks
+import comfy_extras.nodes_hypernetwork
+import comfy_extras.nodes_model_patch
 import folder_paths
 import pytest
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfyui_pack import weights_hash
-from families import NAMED, build, prepared
+from families import NAMED, agrees, build, gradients, prepared
 from safetensors.torch import save_file
 
 import nodes
@@ -254,6 +259,41 @@ def test_a_lora_in_bypass_mode_works_in_every_pass(graphs):
     assert bypassed != pytest.approx(losses(lambda model, clip, *_: (model, clip)), rel=1e-3)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_through_a_hypernetwork(graphs, tmp_path, checkpointing):
+    """A network that a patch has brought along, made under inference mode as every node's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def layers(width: int) -> dict[str, torch.Tensor]:
+        weight = 0.2 * torch.randn(width, width, generator=generator)
+        return {"linear.0.weight": weight, "linear.0.bias": torch.zeros(width)}
+
+    torch.save({width: [layers(width), layers(width)] for width in (32, 64, 128)}, tmp_path / "small.pt")
+    model = graphs["SD1"][0].clone()
+    with torch.inference_mode():
+        patch = comfy_extras.nodes_hypernetwork.load_hypernetwork_patch(str(tmp_path / "small.pt"), 1.0)
+    assert patch is not None
+    model.set_model_attn2_patch(patch)
+    changed = (model, *graphs["SD1"][1:])
+    found, word, batch = gradients(NAMED["SD1"], changed, checkpointing)
+    assert agrees(changed, word, batch, found)
+    plain = gradients(NAMED["SD1"], graphs["SD1"])[0]
+    assert not any(torch.allclose(one, other, rtol=1e-2) for one, other in zip(found, plain, strict=True))
+    assert all(weight.is_inference() for part in patch.hypernet.values() for weight in part.parameters())
+
+
+def test_a_patch_that_follows_a_picture_of_its_own_is_refused():
+    model, clip, vae = build(NAMED["Qwen-Image"])
+    network = comfy_extras.nodes_model_patch.QwenImageBlockWiseControlNet(1, dim=8, operations=comfy.ops.manual_cast)
+    cpu = torch.device("cpu")
+    patch = comfy.model_patcher.ModelPatcher(network, load_device=cpu, offload_device=cpu)
+    apply = comfy_extras.nodes_model_patch.QwenImageDiffsynthControlnet().diffsynth_controlnet
+    with torch.inference_mode():
+        (changed,) = apply(model, patch, vae, torch.rand(1, 64, 64, 3))
+    with pytest.raises(UserError, match=r"patch from Load Model Patch.*connect the MODEL from before the node"):
+        ComfyModel(changed, clip, vae)
+
+
 def raising(error: Exception):
     """A patch of an attention, as packs have them."""
 
@@ -288,6 +328,33 @@ def test_an_error_of_a_patch_keeps_its_text_and_names_the_patch(graphs, error):
     )
     assert str(error) in str(caught.value)
     assert "belong together" not in str(caught.value)
+
+
+def layer_of_another_width(q, k, v, extra_options):
+    return q, comfy.ops.manual_cast.Linear(7, 7)(k), v
+
+
+def attention_of_another_shape(q, k, v, extra_options):
+    optimized_attention(q, k[..., :-1], v, extra_options["n_heads"], transformer_options=extra_options)
+    return q, k, v
+
+
+with torch.inference_mode():
+    MADE_BY_A_NODE = torch.ones(1)
+
+
+def not_saved_for_backward(q, k, v, extra_options):
+    return q, k * MADE_BY_A_NODE, v
+
+
+@pytest.mark.parametrize("patch", [layer_of_another_width, attention_of_another_shape, not_saved_for_backward])
+def test_a_patch_that_fails_in_comfyui_is_named(graphs, patch):
+    model = graphs["SD1"][0].clone()
+    model.set_model_attn2_patch(patch)
+    with ComfyModel(model, *graphs["SD1"][1:]).training() as trainable:
+        word = initial_embedding(trainable.vocabularies(), "S*", "toy", 1)
+        with pytest.raises(TrainingError, match=f"{patch.__name__} of tests/test_core_nodes.py fails before the first"):
+            trainable.check_compatible(torch.zeros(4, 8, 8), "S*", word)
 
 
 OF_OTHER_SHAPES = ("SD1", "SDXL", "Flux.1 dev")

@@ -12,9 +12,11 @@ import comfy.sd
 import comfy_extras.nodes_freelunch
 import comfy_extras.nodes_model_advanced
 import comfy_extras.nodes_model_merging
+import comfy_extras.nodes_tomesd
 import pytest
 import torch
 import torch.nn.functional as F
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import PatcherInjection
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
@@ -27,7 +29,7 @@ from torch import nn
 
 from textual_inversion import UserError
 from textual_inversion.adapters.comfyui import ComfyModel, _differentiable_attention, _sliced_attention
-from textual_inversion.adapters.comfyui_autograd import ordinary_weights
+from textual_inversion.adapters.comfyui_autograd import mutable_saved_tensors, ordinary_weights
 from textual_inversion.adapters.comfyui_tokens import vocabularies
 
 FLUX = NAMED["Flux.1 dev"]
@@ -177,6 +179,26 @@ def freeu(model):
     return comfy_extras.nodes_freelunch.FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2)[0]
 
 
+def attention_in_place(model):
+    """A patch that changes what the attention in it has saved for the backward pass."""
+
+    def patch(q, k, v, options):
+        out = optimized_attention(q, k, v, options["n_heads"], transformer_options=options)
+        out *= 0.9
+        return out
+
+    model = model.clone()
+    for part, number in itertools.product(("input", "middle", "output"), range(12)):
+        model.set_model_attn2_replace(patch, part, number)
+    return model
+
+
+def merged_tokens(model):
+    """By random numbers."""
+    torch.manual_seed(0)
+    return comfy_extras.nodes_tomesd.TomePatchModel.execute(model, 0.3)[0]
+
+
 def sampling(kind: str, zsnr: bool):
     return lambda model: comfy_extras.nodes_model_advanced.ModelSamplingDiscrete().patch(model, kind, zsnr)[0]
 
@@ -224,6 +246,31 @@ def test_gradient_after_the_node(node):
     plain = gradients(family, graph)[0]
     alike = all(torch.allclose(one, other, rtol=1e-3) for one, other in zip(found, plain, strict=True))
     assert alike == (node == "torch.compile")
+
+
+@pytest.mark.parametrize("node", [freeu, attention_in_place, merged_tokens])
+def test_gradient_of_recomputed_blocks_after_the_node(node):
+    """The second run of a block sees what the first one saw."""
+    family = NAMED["SD1"]
+    graph = build(family)
+    found = [gradients(family, (node(graph[0]), *graph[1:]), checkpointing)[0] for checkpointing in (False, True)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [100, 1000, 2000])
+def test_saved_tensors_that_change_are_told_apart(size):
+    """Also where a later one has the memory and the number of one that was freed."""
+    weight = torch.ones(size, requires_grad=True)
+    with mutable_saved_tensors():
+        losses = []
+        for number in range(20):
+            changing = weight * number
+            losses.append(changing.square().sum())
+            changing.zero_()
+            del changing
+        (found,) = torch.autograd.grad(torch.stack(losses).sum(), [weight])
+    assert found.unique().tolist() == [2 * sum(number**2 for number in range(20))]
 
 
 class Described(torch.Tensor):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from .adapters.protocol import TrainableModel
 from .dataset import Batch
@@ -22,6 +22,7 @@ from .errors import TrainingError, TrainingStopped
 from .objective import batch_loss
 
 T = TypeVar("T")
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 logger = logging.getLogger(__name__)
 
 # On top of what the forward pass keeps: the gradients of one block at a time.
@@ -123,11 +124,15 @@ def kept_bytes(run: Callable[[], Any], weights: Sequence[Tensor]) -> int:
     return max(kept.most, kept.size)
 
 
-def checkpointed(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """``function(*args, **kwargs)``, recomputed in the backward pass. ``kept_bytes`` counts what is kept then."""
+def checkpointed(function: Callable[..., T], *args: Any, contexts: Contexts = noop_context_fn, **kwargs: Any) -> T:
+    """``function(*args, **kwargs)``, recomputed in the backward pass. ``kept_bytes`` counts what is kept then.
+
+    ``contexts`` makes those around the first run and the second. What is compiled needs none.
+    """
     if not _counting or torch.compiler.is_compiling():
-        # Nothing in a model draws numbers.
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        contexts = noop_context_fn if torch.compiler.is_compiling() else contexts
+        # Nodes that merge tokens draw random numbers: in the second run the same.
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **kwargs)
     kept, part = _counting[-1], _Kept(_counting[-1].known)
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, Tensor):

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..devices import NO_BACKWARD, is_out_of_memory, to_device
 from ..embedding import Embedding
 from ..errors import UserError
+from ..memory import kept_bytes
 from ..prompts import check_whole
 from ..vocabulary import Vocabulary
 from .comfyui_autograd import (
@@ -31,6 +32,8 @@ from .comfyui_autograd import (
     differentiable_products,
     differentiable_rotations,
     mutable_residuals,
+    mutable_saved_tensors,
+    networks_of,
     ordinary_adapters,
     ordinary_weights,
     training_flag,
@@ -193,6 +196,11 @@ class ComfyModel:
                 "This CLIP has hooks (Set CLIP Hooks), which change it in the course of sampling and have no course to "
                 "follow in training: connect the CLIP from before that node, and load LoRAs with Load LoRA."
             )
+        if model.model_patches_models():
+            raise UserError(
+                "This MODEL has a patch from Load Model Patch, which follows a picture or a sound of its own and not "
+                "those to learn from: connect the MODEL from before the node that applies it."
+            )
         self._patcher, self._clip = _without_dynamic_vram(model, clip)
         self._vae = vae
         self._sampler, self._scheduler = sampler, scheduler
@@ -227,11 +235,13 @@ class ComfyModel:
             stack.enter_context(comfy.model_management.cuda_device_context(self.device))
             self._load()
             network, encoder = self._patcher.model, self._clip.cond_stage_model
-            for module in (network, encoder):
+            options = self._patcher.model_options["transformer_options"]
+            patches = [options[kind] for kind in ("patches", "patches_replace") if kind in options]
+            for module in (network, encoder, *networks_of(patches)):
                 for context in (ordinary_weights, ordinary_adapters, differentiable_products, mutable_residuals):
                     stack.enter_context(context(module))
             for module in self._checkpointable[: self._checkpointed]:
-                stack.enter_context(checkpointed_blocks(module))
+                stack.enter_context(checkpointed_blocks(module, mutable=bool(patches)))
             stack.enter_context(training_flag())
             stack.enter_context(differentiable_rotations())
             stack.callback(self._patcher.cleanup)
@@ -245,9 +255,8 @@ class ComfyModel:
                 logging.info("Textual inversion: %s works in samplers only and is left out of training.", name)
             self._left_out |= left_out
             comfy.samplers.cast_to_load_options(self._options, self.device, self._patcher.model_dtype())
-            if self._options["transformer_options"].keys() & {"patches", "patches_replace"}:
-                # FreeU, for one, changes in place what autograd has saved. This copies it first.
-                stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
+            if patches:
+                stack.enter_context(mutable_saved_tensors())  # FreeU, for one, changes them
             self._contexts = stack.pop_all()
 
     def _load(self) -> None:
@@ -423,11 +432,13 @@ class ComfyModel:
         return (sigmas / slope.flatten()) ** 2
 
     def check_compatible(self, latent: Tensor, prompt: str, embedding: Embedding) -> None:
+        def one_pass() -> None:
+            conditioning = self.encode_prompts([prompt], embedding.trainable())
+            sigmas = self.sample_sigmas(torch.tensor([0.5]))
+            self.denoise(to_device(latent[None], self.device), sigmas, conditioning)
+
         try:
-            with torch.no_grad():
-                conditioning = self.encode_prompts([prompt], embedding)
-                sigmas = self.sample_sigmas(torch.tensor([0.5]))
-                self.denoise(to_device(latent[None], self.device), sigmas, conditioning)
+            kept_bytes(one_pass, self.weights())  # autograd saves nothing, but refuses here what it cannot save
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, UserError):
                 raise

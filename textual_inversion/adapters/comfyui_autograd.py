@@ -5,8 +5,9 @@ Each context changes objects of one module and puts them back when it ends.
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet, WeakValueDictionary
 
 import comfy.model_management
 import comfy.ops
@@ -15,7 +16,9 @@ import comfy_kitchen.backends.eager.rope
 import torch
 from comfy.weight_adapter.bypass import BypassForwardHook
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import noop_context_fn
 
 from ..memory import checkpointed
 
@@ -72,6 +75,12 @@ def _same_memory(tensor: Tensor) -> Tensor:
     # Not through DLPack: it refuses devices that are not the current one, and Macs before late 2025.
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def networks_of(patches: Any) -> list[nn.Module]:
+    """Networks that patches of other nodes bring along: of a hypernetwork, an IP-Adapter."""
+    held = (tree_leaves(vars(patch)) for patch in tree_leaves(patches) if hasattr(patch, "__dict__"))
+    return list(dict.fromkeys(part for parts in held for part in parts if isinstance(part, nn.Module)))
 
 
 @contextmanager
@@ -180,19 +189,84 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.requires_grad else value
 
 
+class _Saved:
+    """A tensor that autograd has saved, and all that it has saved of the same memory."""
+
+    def __init__(self, tensor: Tensor, alike: "WeakSet[_Saved]") -> None:
+        self.tensor, self.alike = tensor, alike
+
+
+class _CopiesBeforeChange(TorchDispatchMode):
+    def __init__(self, saved: WeakValueDictionary[int, WeakSet[_Saved]]) -> None:
+        super().__init__()
+        self._saved = saved
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for number, name in _changed_by(func):
+            for tensor in tree_leaves(args[number] if number < len(args) else kwargs.get(name)):
+                for one in self._saved.pop(_memory(tensor), ()) if isinstance(tensor, Tensor) else ():
+                    one.tensor = one.tensor.clone()
+        return func(*args, **kwargs)
+
+
+@functools.cache
+def _changed_by(func: Any) -> list[tuple[int, str]]:
+    """Places and names of what an operation of PyTorch writes to."""
+    parts = enumerate(func._schema.arguments)
+    return [(number, part.name) for number, part in parts if part.alias_info and part.alias_info.is_write]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 @contextmanager
-def checkpointed_blocks(module: nn.Module) -> Iterator[None]:
+def mutable_saved_tensors() -> Iterator[None]:
+    """Patches of other nodes may change in place what autograd has saved: it is copied before.
+
+    PyTorch's own ``allow_mutation_on_saved_tensors`` knows tensors by numbers that it never forgets. They come again
+    once a tensor is freed, and in a later step it hands out one for another.
+    """
+    saved: WeakValueDictionary[int, WeakSet[_Saved]] = WeakValueDictionary()  # of each memory, while it is saved
+
+    def save(tensor: Tensor) -> _Saved:
+        alike = saved.setdefault(_memory(tensor), WeakSet())
+        # With its graph it would keep itself alive, all of a step where that fails.
+        alike.add(one := _Saved(tensor.detach() if tensor.requires_grad else tensor, alike))
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda one: one.tensor), _CopiesBeforeChange(saved):
+        yield
+
+
+class _SavesCopies(TorchDispatchMode):
+    """The same where a block is recomputed: there PyTorch's checkpointing saves what it detaches."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out.clone() if func is torch.ops.aten.detach.default else out
+
+
+def _saving_copies() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), _SavesCopies()
+
+
+@contextmanager
+def checkpointed_blocks(module: nn.Module, mutable: bool = False) -> Iterator[None]:
     """Recomputes each block in the backward pass instead of storing its activations.
 
     Blocks are the outermost modules inside the lists of ``module`` that are no lists themselves:
-    ResBlock and SpatialTransformer of a UNet, the transformer blocks of a DiT.
+    ResBlock and SpatialTransformer of a UNet, the transformer blocks of a DiT. With ``mutable`` they may change in
+    place what autograd has saved.
     """
     # An entry in the instance's dictionary shadows the class's method; another pack may have one. Core's Train LoRA
     # does it so too: ComfyUI's patches_replace takes no ResBlock, and one patch a block, which may be another pack's.
     before = [(block, vars(block).get("forward")) for block in _blocks(module)]
+    contexts = _saving_copies if mutable else noop_context_fn
     try:
         for block, _ in before:
-            block.forward = functools.partial(_recomputed, block.forward)
+            block.forward = functools.partial(_recomputed, block.forward, contexts)
         yield
     finally:
         for block, forward in before:
@@ -210,7 +284,7 @@ def _blocks(module: nn.Module, inside_list: bool = False) -> Iterator[nn.Module]
         yield from _blocks(child, inside_list or is_list)
 
 
-def _recomputed(forward, *args, **kwargs):
+def _recomputed(forward, contexts, *args, **kwargs):
     # ComfyUI notes the current block in transformer_options while it runs, and blocks may change
     # their inputs in place: the second run must see what the first one saw.
     def run(*args, **kwargs):
@@ -218,7 +292,7 @@ def _recomputed(forward, *args, **kwargs):
 
     snapshot = [dict(value) if isinstance(value, dict) else value for value in args]
     named = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-    return checkpointed(run, *snapshot, **named)
+    return checkpointed(run, *snapshot, contexts=contexts, **named)
 
 
 def _fresh(value: Any) -> Any:

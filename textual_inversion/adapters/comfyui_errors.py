@@ -12,7 +12,9 @@ from ..errors import TrainingError, UserError
 
 COMFY = Path(comfy.__path__[0])
 OURS = Path(__file__).parent.parent
-LIBRARIES = [Path(torch.__file__).parent.parent, Path(sysconfig.get_path("stdlib"))]
+# Patches use ComfyUI's layers and its attention too: these, and what is around them, do not tell who has called.
+LAYERS = [COMFY / "ops.py", COMFY / "ldm/modules/attention.py"]
+BETWEEN = [Path(torch.__file__).parent.parent, Path(sysconfig.get_path("stdlib")), OURS, *LAYERS]
 # How PyTorch and ComfyUI say that a text encoder's output has not the shape the network takes, or is missing.
 SHAPES = re.compile(
     r"shapes?\b|\bsizes?\b|dimension|\bdim\b|channels|be multiplied|NoneType|\d required positional|unexpected keyword",
@@ -38,9 +40,9 @@ def origin(error: Exception) -> str:
     """The function and the pack or file that raised ``error``; empty where it was ComfyUI's own models."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        if path.is_relative_to(COMFY) or path.is_relative_to(OURS):
+        if path.is_relative_to(COMFY) and path not in LAYERS:
             return ""
-        if path.is_file() and not any(path.is_relative_to(folder) for folder in LIBRARIES):
+        if path.is_file() and not any(path.is_relative_to(folder) for folder in BETWEEN):
             return f"{frame.name} of {_pack(path)}"
     return ""
 
