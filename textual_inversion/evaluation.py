@@ -130,14 +130,11 @@ class Evaluator:
         self.model, self.initial, self.dataset, self.config = model, tokens.concept.snapshot(), dataset, config
         self.processes = processes
         self.others = bool(tokens.per_image or tokens.beside)  # vectors beside the concept's that change
-        self._blocks: dict[int, list[Batch]] = {}
         self._initial_losses: dict[int, Tensor] = {}  # by block, where nothing beside them changes
 
     def block(self, number: int) -> list[Batch]:
-        """About 16 rows."""
-        if number not in self._blocks:
-            self._blocks[number] = fixed_batches(self.dataset, self.config, block=number)
-        return self._blocks[number]
+        """About 16 rows, drawn again each time: all of them would be hundreds of megabytes of a large model."""
+        return fixed_batches(self.dataset, self.config, block=number)
 
     def steps_apart(self, step: int) -> int:
         """A sixth of the run, but at least ``evaluate_every`` steps for each pass that an evaluation needs."""

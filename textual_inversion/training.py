@@ -37,7 +37,7 @@ HEAD_START_SHARE = 1 / 4  # of all steps, where they are few
 RISE_OF_STYLES = 10  # steps after the head start in which the rate of a style rises, or the first ones may jump
 IMAGE_TOKEN_RATE = 0.3  # of the learning rate
 STEPS_WITH_WORDS = 160  # a shorter run would be over before they are found
-WORD_BLOCKS = range(8, 10)  # of fixed batches, about 16 rows each: those that no evaluation has
+WORD_BLOCKS = range(8, 10)  # of fixed batches, about 16 rows each: few evaluations have so many
 AVERAGED_SHARE = 1 / 3  # of the run, its end
 
 # Everything stands still for the first steps, in which it is measured how far gradients agree.
