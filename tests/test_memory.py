@@ -218,6 +218,8 @@ def test_estimate_holds_the_weights_for_there_already():
     assert kept_bytes(lambda: (x @ weight).sum(), []) == weight.nbytes
     assert kept_bytes(lambda: (x @ weight).sum(), [weight]) == 0
     assert kept_bytes(lambda: (x * x).exp(), []) == 2 * x.nbytes  # x once, and the result
+    other = torch.randn(7, device="meta", requires_grad=True)
+    assert kept_bytes(lambda: ((x * x).exp(), other.exp()), [], other.device) == other.nbytes
 
 
 def test_estimate_keeps_nothing_itself():

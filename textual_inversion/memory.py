@@ -101,20 +101,21 @@ def step_bytes(
     def kept(rows: int) -> int:
         # Distinct prompts, as a batch has them: each goes through the text encoders on its own.
         batch = replace(largest.rows([0] * rows), prompts=[prompts[row % len(prompts)] for row in range(rows)])
-        return kept_bytes(lambda: batch_loss(model, embeddings, batch), model.weights())
+        return kept_bytes(lambda: batch_loss(model, embeddings, batch), model.weights(), model.device)
 
     one = kept(1)
     more = (batch_size - 1) * (kept(2) - one) if batch_size > 1 else 0
     return int((one + more) * MARGIN)
 
 
-def kept_bytes(run: Callable[[], Any], weights: Sequence[Tensor]) -> int:
+def kept_bytes(run: Callable[[], Any], weights: Sequence[Tensor], device: torch.device | None = None) -> int:
     """Bytes that autograd keeps for the backward pass of ``run``, beside the ``weights``, which are loaded anyway.
 
+    With a ``device`` only what is there: text encoders may run on the CPU beside a card.
     Where parts are recomputed, the most that is there at once: with a part's own while it is recomputed. All is
     counted and not kept: ``run`` takes no more memory than inference.
     """
-    kept = _Kept({storage._cdata for weight in weights for storage in _storages(weight)})
+    kept = _Kept({storage._cdata for weight in weights for storage in _storages(weight)}, device)
     _counting.append(kept)
     try:
         with torch.enable_grad(), kept.counted():
@@ -133,7 +134,7 @@ def checkpointed(function: Callable[..., T], *args: Any, contexts: Contexts = no
         contexts = noop_context_fn if torch.compiler.is_compiling() else contexts
         # Nodes that merge tokens draw random numbers: in the second run the same.
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **kwargs)
-    kept, part = _counting[-1], _Kept(_counting[-1].known)
+    kept, part = _counting[-1], _Kept(_counting[-1].known, _counting[-1].device)
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, Tensor):
             kept.count(value)
@@ -147,8 +148,8 @@ def checkpointed(function: Callable[..., T], *args: Any, contexts: Contexts = no
 class _Kept:
     """What autograd saves, counted instead."""
 
-    def __init__(self, known: set[int]) -> None:
-        self.known = known
+    def __init__(self, known: set[int], device: torch.device | None) -> None:
+        self.known, self.device = known, device
         self.size = self.most = 0
         self._found: dict[int, StorageWeakRef] = {}
 
@@ -156,6 +157,8 @@ class _Kept:
         return torch.autograd.graph.saved_tensors_hooks(self.count, _restore)
 
     def count(self, tensor: Tensor) -> None:
+        if self.device and tensor.device.type != self.device.type:
+            return
         for storage in _storages(tensor):
             if storage._cdata not in self.known and storage._cdata not in self._found:
                 # The weak reference keeps the number of the storage from being used again, not its memory.
