@@ -2,6 +2,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..textual_inversion.adapters.comfyui import ComfyModel
 from ..textual_inversion.dataset import check_pictures
 from ..textual_inversion.library import Concept, by_concept, check_triggers
 from ..textual_inversion.optimizers import check_settings
+from ..textual_inversion.prompts import check_characters
 from ..textual_inversion.state import fingerprint
 from .concept_run import Request
 from .files import LONGEST_ID, base_model, connected, workflow_id
@@ -23,6 +25,9 @@ from .state_file import StateFile
 from .training_run import run_training
 
 IN_A_LIST = re.compile(r"['\"].*['\"]|[\d., ]*|None.*", re.DOTALL)  # what stands between the brackets of one as text
+MOST_BRACKETS = 50  # inside one another: each is a level of recursion in ComfyUI, and more weight
+WEIGHT = re.compile(r":([^:()]*)\)")
+MOST_WEIGHT = 10_000  # half precision overflows soon after
 LOAD_IMAGE = ("LoadImage", "LoadImageOutput")  # ComfyUI's, whose masks are inverted
 
 
@@ -104,9 +109,11 @@ class Train(io.ComfyNode):
         values = {name: value[0] for name, value in widgets.items()} | (settings or [{}])[0] | {"trigger": triggers[0]}
         config, preview = config_of(TrainConfig, values), config_of(PreviewConfig, values)
         check_triggers(list(dict.fromkeys(triggers)))  # refused now, not after training
+        _check_texts({name: value for name, value in values.items() if isinstance(value, str)})
         check_settings(config)
         pictures, masks, captions = _single(images), _single(masks or []), captions or []
         _check_no_list_as_text(captions)
+        _check_texts({f"Caption {n}": text for n, text in enumerate(captions, 1) if isinstance(text, str)})
         _check_mask_of_load_image(masks, connected(cls.hidden.prompt, cls.hidden.unique_id, "masks"))
         concepts = by_concept(triggers, pictures, masks, captions, config.kind)
         if len(concepts) == 1:  # of several, those without a fault learn
@@ -162,6 +169,32 @@ def _check_single(inputs: Mapping[str, Sequence[Any]]) -> None:
                 f"{len(values)} values are connected to {name!r}, but a run takes one: connect a single value, or "
                 "queue the graph once for each of them."
             )
+
+
+def _check_texts(texts: Mapping[str, str]) -> None:
+    """Raises UserError for a text that ComfyUI's tokenizers cannot take, or read as weights that overflow."""
+    for name, text in texts.items():
+        check_characters(name, text)
+        text = text.replace("\\(", "").replace("\\)", "")  # these brackets are text
+        depths = accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in text)
+        if (deepest := max(depths, default=0)) > MOST_BRACKETS:
+            raise UserError(
+                f"{name} has {deepest} brackets inside one another, more than {MOST_BRACKETS}: take some out."
+            )
+        for weight in WEIGHT.findall(text):
+            if not abs(_number(weight)) <= MOST_WEIGHT:
+                raise UserError(
+                    f"{name} has {weight.strip()!r} at the end of a bracket, which ComfyUI takes for the weight of "
+                    "what is in it: write brackets that are text as \\( and \\)."
+                )
+
+
+def _number(text: str) -> float:
+    """What ComfyUI takes a text for; 0 where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0
 
 
 def _check_no_list_as_text(captions: Sequence[Any]) -> None:

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ti_pack.nodes.train import Train  # pyright: ignore[reportMissingImports]  made by conftest.py
+from ti_pack.nodes import train  # pyright: ignore[reportMissingImports]  made by conftest.py
+from ti_pack.nodes.train import Train  # pyright: ignore[reportMissingImports]
 
 from textual_inversion import PreviewConfig, TrainConfig, UserError, initial_embedding
 from textual_inversion.adapters.comfyui import ComfyModel
@@ -47,7 +48,12 @@ def test_good_triggers(trigger):
         ("CON", "Windows reserves"),
         ("lpt1", "Windows reserves"),
         ("embedding", "must not start with 'embedding'"),
-        ("a\u200bb", "invisible"),
+        ("a\u200bb", r"invisible character U\+200B: enter it without"),
+        ("\u0645\u06cc\u200c\u062e", r"U\+200C"),
+        ("\u202eabc", r"U\+202E"),
+        ("\U0001f468\u200d\U0001f469", r"U\+200D"),
+        ("a\ud800", r"U\+D800"),
+        ("a\0b", r"U\+0000"),
     ],
 )
 def test_bad_triggers(trigger, message):
@@ -56,7 +62,16 @@ def test_bad_triggers(trigger, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("S*", "S"), ("<cat-toy>", "cat-toy"), ("a b", "a_b"), ("*", "embedding")]
+    ("name", "expected"),
+    [
+        ("S*", "S"),
+        ("<cat-toy>", "cat-toy"),
+        ("a b", "a_b"),
+        ("*", "embedding"),
+        ("\u2764\ufe0f", "embedding"),
+        ("\u0301x", "x"),
+        ("e\u0301", "\u00e9"),
+    ],
 )
 def test_file_names_of_triggers(name, expected):
     assert file_name(name) == expected
@@ -75,6 +90,46 @@ def test_a_trigger_that_cannot_name_a_file_is_refused_before_training(trigger):
     check_trigger(trigger)
     with pytest.raises(UserError, match="cannot be the name of a file: enter a short name"):
         Train.execute(*[None] * 4, trigger=[trigger])  # nothing of the model is looked at
+
+
+NESTED = "(" * 5000 + "a" + ")" * 5000
+ONE = {"trigger": ["S*"], "kind": ["object"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (NESTED, "has 5000 brackets inside one another, more than 50: take some out"),
+        ("a \ud800 b", r"contains half of a character \(U\+D800\): type it again"),
+        ("my gran (in Wales: Nan)", "has 'Nan' at the end of a bracket, which ComfyUI takes for the weight"),
+        ("a mirror (depth: -infinity)", "has '-infinity' at the end of a bracket"),
+        ("a shop (call: 5551234567)", "has '5551234567' at the end of a bracket"),
+    ],
+    ids=["nested", "half", "nan", "infinite", "large"],
+)
+@pytest.mark.parametrize("name", ["caption", "initializer", "template", "preview_prompt", "preview_negative"])
+def test_texts_that_no_tokenizer_takes_are_refused_before_training(name, text, message):
+    """They gave errors without a sentence, or said that the model overflows."""
+    given = {"captions": ["a cat", text]} if name == "caption" else {name: [text]}
+    if name == "preview_negative":
+        given = {"settings": [{name: text}]}
+    said = "Caption 2" if name == "caption" else name
+    with pytest.raises(UserError, match=f"{said} {message}"):
+        Train.execute(*[[None]] * 3, [PICTURE], **ONE, **given)  # nothing of the model is looked at
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "(" * 50 + "a" + ")" * 50,
+        "\\(" * 99 + "a" + "\\)" * 99,
+        "(a:1.2) (b: nanny)",
+        "my gran \\(in Wales: Nan\\)",
+        ")(",
+    ],
+)
+def test_brackets_of_ordinary_texts_are_left_alone(caption):
+    train._check_texts({"Caption 1": caption})
 
 
 @pytest.mark.parametrize(
@@ -96,6 +151,7 @@ def test_a_trigger_that_cannot_name_a_file_is_refused_before_training(trigger):
         ([PICTURE], [], [{"text": "a"}], "Caption 1 is {'text': 'a'}, which is no text"),
         ([PICTURE], [], [b"a"], "Caption 1 is b'a', which is no text"),
         ([PICTURE], [], [torch.zeros(300)], "Caption 1 is tensor"),
+        ([PICTURE] * 2, [], ["a", "b \ud800"], r"Caption 2 contains half of a character \(U\+D800\): type it again"),
     ],
 )
 def test_bad_pictures(images, masks, captions, message):

@@ -23,7 +23,7 @@ from ti_pack.nodes.pictures_route import list_pictures  # pyright: ignore[report
 
 from textual_inversion import UserError, picture_files
 from textual_inversion.dataset import resize
-from textual_inversion.picture_files import KINDS, NOTHING_OPAQUE, decoded, picture_info, thumbnail
+from textual_inversion.picture_files import KINDS, NO_WHITE, NOTHING_OPAQUE, decoded, picture_info, thumbnail
 from textual_inversion.pictures import caption_text, folder_files, load_folder
 
 
@@ -140,6 +140,11 @@ def saved(kind: str, image: Image.Image | None = None, **options) -> bytes:
     return stream.getvalue()
 
 
+def ramp(kind: type, high: float, low: float = 0) -> Image.Image:
+    """Grey numbers from left to right."""
+    return Image.fromarray(np.linspace(low, high, 16)[None].repeat(16, 0).astype(kind))
+
+
 ROWS = (b"IDAT", zlib.compress(bytes(17 * 16)))
 NO_PICTURE = "it is damaged, or no picture of a kind that is read here"
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
@@ -166,6 +171,15 @@ BAD_FILES = {
     "clear.png": (saved("PNG", Image.new("RGBA", (64, 64), "#ff000000")), NOTHING_OPAQUE),
     "clear.webp": (saved("WEBP", Image.new("RGBA", (64, 64), "#ff000000"), lossless=True), NOTHING_OPAQUE),
     "clear.gif": (saved("GIF", Image.new("P", (64, 64)), transparency=0), NOTHING_OPAQUE),
+    "labels.tiff": (saved("TIFF", ramp(np.int32, 5)), NO_WHITE),
+    "labels.png": (saved("PNG", ramp(np.uint16, 5)), NO_WHITE),
+    "counts.tiff": (saved("TIFF", ramp(np.int32, 2**31 - 1)), NO_WHITE),
+    "light.tiff": (saved("TIFF", ramp(np.float32, 1e6)), NO_WHITE),
+    "normals.tiff": (saved("TIFF", ramp(np.float32, 1, low=-1)), NO_WHITE),
+    "nan.tiff": (saved("TIFF", ramp(np.float32, float("nan"))), NO_WHITE),
+    "infinite.tiff": (saved("TIFF", ramp(np.float32, float("inf"))), NO_WHITE),
+    # Colours of 16 bits, of which only the lower 8 are used.
+    "low.png": (png((b"IDAT", zlib.compress(bytes([0, *[0, 255] * 48] * 16))), depth=16, colour=2), NO_WHITE),
 }
 
 
@@ -282,6 +296,33 @@ def test_grey_of_every_depth(tmp_path, pixels):
     image = load_folder(tmp_path, 0).images[0]
     assert image.mean().item() == pytest.approx(0.5, abs=0.01)
     assert (image[0, 0, 0, 0].item(), image[0, 0, 1, 0].item()) == (0, 1)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("white", [1, 255, 1023, 4095, 65535])
+def test_white_is_found_where_a_format_does_not_say_it(tmp_path, kind, white, compression):
+    """They came out black or white."""
+    ramp(kind, white).save(tmp_path / "a.tiff", compression=compression)
+    row = load_folder(tmp_path, 0).images[0][0, 0, :, 0]
+    assert (row[0], row[-1]) == (0, 1)
+    assert row[8].item() == pytest.approx(0 if white == 1 and kind is not np.float32 else 8 / 15, abs=0.01)
+    with Image.open(io.BytesIO(thumbnail(tmp_path / "a.tiff", 16))) as small:
+        assert small.convert("L").getextrema() == pytest.approx((0, 255), abs=8)
+
+
+@pytest.mark.parametrize("white", [1, 255])
+def test_a_little_more_than_white_comes_from_scaling(tmp_path, white):
+    ramp(np.float32, 1.05 * white, -0.05 * white).save(tmp_path / "a.tiff")
+    row = load_folder(tmp_path, 0).images[0][0, 0, :, 0]
+    assert row[5].item() == pytest.approx(-0.05 + 1.1 / 3, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_tiffs_whose_white_is_zero(tmp_path, kind):
+    ramp(kind, 65535).save(tmp_path / "a.tiff", tiffinfo={262: 0})
+    row = load_folder(tmp_path, 0).images[0][0, 0, :, 0]
+    assert (row[0], row[-1]) == (1, 0)
 
 
 CAPTION_FILES = ("a.txt", "a.TXT", "a.png.txt", "a.caption", "A.txt", "a.png.caption")

@@ -12,7 +12,7 @@ from torch import Tensor
 from .config import TrainConfig
 from .errors import UserError
 from .image_tokens import image_prompts, image_trigger, uses_image_tokens
-from .prompts import caption_prompt, template_prompts
+from .prompts import caption_prompt, check_characters, template_prompts
 
 logger = logging.getLogger(__name__)
 SMALLEST_SIDE = 8
@@ -64,6 +64,7 @@ def check_captions(captions: Sequence[str]) -> None:
     for number, caption in enumerate(captions, 1):
         if not isinstance(caption, str):
             raise UserError(f"Caption {number} is {caption!r:.40}, which is no text: connect texts to 'captions'.")
+        check_characters(f"Caption {number}", caption)
 
 
 def numbered(what: str, numbers: Sequence[int]) -> str:

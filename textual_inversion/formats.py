@@ -536,8 +536,10 @@ def file_name(name: str) -> str:
 
 def _file_part(part: str) -> str:
     """Letters of every script have marks, which are not letters themselves."""
-    letters = (letter if letter in "-+." or unicodedata.category(letter)[0] in "LMN" else "_" for letter in part)
-    return "".join(letters).strip("_.") or "embedding"
+    letters = [letter if letter in "-+." or unicodedata.category(letter)[0] in "LMN" else "_" for letter in part]
+    while letters and (letters[0] in "_." or unicodedata.category(letters[0])[0] == "M"):  # a mark of what went
+        del letters[0]
+    return "".join(letters).rstrip("_.") or "embedding"
 
 
 def _is_reserved(part: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 from .dataset import SMALLEST_SIDE
@@ -30,6 +30,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+WHITE_IS_ZERO = 0x0106, 0  # a tag of TIFF and its value; Pillow turns such pictures around in 8 bits only
+WHITES = (1, 2**8 - 1, 2**10 - 1, 2**12 - 1, 2**16 - 1)  # what white may be where a format does not say
+DARKEST = 16  # of 255: a picture without anything brighter looks black
+NO_WHITE = "nobody can tell which of its numbers is white: save it as a PNG or JPEG of 8 bits"
 NOTHING_OPAQUE = "nothing in it is opaque, so nothing would be learned: save it without transparency"
 _Read = TypeVar("_Read")
 
@@ -47,7 +51,7 @@ class PictureInfo(NamedTuple):
 def picture_info(file: Path) -> PictureInfo:
     """Shape and transparency of a picture file.
 
-    Pixels are decoded only where the format says that some may be transparent.
+    Pixels are decoded only where the format says that some may be transparent, or has more than 8 bits.
     Raises UserError with the reason where it cannot be read, or all of it is transparent.
     """
 
@@ -55,7 +59,7 @@ def picture_info(file: Path) -> PictureInfo:
         # A PNG without this entry would be decoded to look for EXIF behind its pixels.
         turned = "exif" in picture.info and _orientation(picture) > 4
         width, height = picture.size[::-1] if turned else picture.size
-        masked = picture.has_transparency_data and _is_masked(picture)
+        masked = (picture.has_transparency_data or _is_deep(picture)) and _is_masked(picture)
         return PictureInfo(width, height, masked)
 
     return _read(file, read)
@@ -74,9 +78,8 @@ def decoded(file: Path | BinaryIO, size: int = 0, square: bool = False) -> Image
         if fraction > 1 and "progressive" not in picture.info:  # those are unpacked whole
             picture.draft(None, (picture.width // fraction, picture.height // fraction))
         _check_pixels(picture.width * picture.height)
-        picture.load()
-        orientation = _orientation(picture)
-        picture = _eight_bits(picture)
+        eight_bits = _eight_bits(picture)
+        orientation, picture = _orientation(picture), eight_bits  # EXIF may stand behind the pixels
         picture = picture.reduce(_fraction(picture.size, size, square)).convert("RGBA")
         return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
 
@@ -155,18 +158,39 @@ def _orientation(picture: Image.Image) -> int:
     return value if value in _TURNS else 1
 
 
+def _is_deep(picture: Image.Image) -> bool:
+    """Whether an opened picture has more than 8 bits a channel; once it is loaded, Pillow has forgotten."""
+    return picture.mode[0] in "IF" or any(";16" in str(tile) for tile in getattr(picture, "tile", []))
+
+
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """L, RGB or, where parts may be transparent, RGBA."""
-    if picture.mode == "F":
-        scale = 1 if np.asarray(picture).max() > 1 else 255  # either 0..255 or 0..1
-        return picture.point(lambda value: value * scale + 0.5).convert("L")
-    if picture.mode.startswith("I"):  # 16 bits a pixel
-        grey = picture.convert("I").point(lambda value: value * (1 / 256) + 0).convert("L")
-        grey.info.pop("transparency", None)  # in 16 bits
-        return grey
+    """L, RGB or, where parts may be transparent, RGBA. Raises UserError where nobody can tell what is white."""
+    is_deep = _is_deep(picture)
+    picture.load()
+    if picture.mode[0] in "IF":
+        return _grey(picture)
     if picture.has_transparency_data:
-        return picture.convert("RGBA")
-    return picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
+        eight = picture.convert("RGBA")
+    else:
+        eight = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
+    # Of 16 bits Pillow takes the upper 8, which are empty where a camera or a program used only the lower ones.
+    if is_deep and np.max(eight.getextrema()[:3]) < DARKEST:
+        raise UserError(NO_WHITE)
+    return eight
+
+
+def _grey(picture: Image.Image) -> Image.Image:
+    """L of numbers of 16 or 32 bits. White is the least that fits: with any other one the picture would be black."""
+    numbers = picture if picture.mode == "F" else picture.convert("I")
+    low, high = float(np.asarray(numbers).min()), float(np.asarray(numbers).max())  # of numbers with a NaN, that
+    # A little more than white comes from scaling; small whole numbers are labels, negative ones directions or depths.
+    if not -high / 10 <= low <= high <= 1.1 * WHITES[-1] or 1.1 < high < DARKEST:
+        raise UserError(NO_WHITE)
+    scale = 255 / next(white for white in WHITES if high <= 1.1 * white)
+    grey = numbers.point(lambda value: value * scale + 0.5).convert("L")
+    grey.info.pop("transparency", None)  # in 16 bits
+    tag, value = WHITE_IS_ZERO
+    return ImageOps.invert(grey) if getattr(picture, "tag_v2", {}).get(tag) == value else grey
 
 
 def _is_masked(picture: Image.Image) -> bool:

@@ -72,10 +72,18 @@ _LONGEST = 64
 _LONGEST_NAME = 255  # characters of a file name
 
 
+def check_characters(name: str, text: str) -> None:
+    """Raises UserError for half of a character, which JSON can hold and no tokenizer takes."""
+    if half := re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{name} contains half of a character (U+{ord(half.group()):04X}): type it again.")
+
+
 def check_trigger(trigger: str) -> None:
     """Raises UserError for a trigger word that prompts or file names could not carry."""
     if not trigger:
         raise UserError("The trigger word is empty: enter the word you want to use in prompts.")
+    if unseen := next((letter for letter in trigger if not (letter.isprintable() or letter.isspace())), ""):
+        raise UserError(f"The trigger word contains the invisible character U+{ord(unseen):04X}: enter it without.")
     if len(trigger.encode()) > _LONGEST:
         raise UserError(
             f"The trigger word is {len(trigger.encode())} bytes long; use at most {_LONGEST}: it also names files."
@@ -87,8 +95,6 @@ def check_trigger(trigger: str) -> None:
         )
     if trigger.casefold().startswith("embedding"):
         raise UserError("The trigger word must not start with 'embedding': ComfyUI reads that as a file name.")
-    if not trigger.isprintable():
-        raise UserError("The trigger word contains invisible characters: type it again.")
     if RESERVED_NAMES.fullmatch(trigger):
         raise UserError(f"Windows reserves the name {trigger!r}: choose another trigger word.")
 
