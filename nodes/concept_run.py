@@ -39,7 +39,7 @@ from ..textual_inversion.report import (
     more_steps,
     report,
 )
-from ..textual_inversion.training import Choice, Reply, check_prompts, earliest_end, finished
+from ..textual_inversion.training import Choice, Reply, check_prompts, earliest_end, finished, still_improving
 from .files import embeddings_folder, output_folder, temporary_folder
 from .live import LiveRun, thinned
 from .state_file import StateFile
@@ -295,7 +295,7 @@ class TrainingRun:
             self.live.tell("learning", best=last.best_step)
         name = formats.file_name(self.config.trigger)
         learned = self.write(last, name, [temporary_folder(), embeddings_folder(), output_folder()])
-        ended = ended or how_it_ended(last.progress, self.config)
+        ended = ended or how_it_ended(last.progress, self.config, still_improving(last.progress, self.config))
         self.live.tell("finishing", message=" ".join(filter(None, [self.live.record.message, ended])))
         origin = "the given embedding" if self.request.continued else repr(self.config.initializer)
         left_out = () if self.one_of_several else self.request.left_out

@@ -34,6 +34,14 @@ def test_sphere_keeps_lengths():
     assert (F.cosine_similarity(vectors, start) < 0.9).all()
 
 
+def test_sphere_refuses_a_vector_of_zeros():
+    """As a blend may have them: it has no direction, and became NaN, as if the model had overflowed."""
+    tokens = TrainedTokens(Embedding("S*", {"clip_l": torch.eye(2, WIDTH) * torch.tensor([[1.0], [0.0]])}).trainable())
+    with pytest.raises(UserError, match="is zero, which sphere cannot rotate: choose optimizer adamw"):
+        make_optimizer(tokens, TrainConfig())
+    make_optimizer(tokens, TrainConfig(optimizer="adamw"))
+
+
 def test_sphere_does_not_see_the_scale_of_the_loss():
     plain, scaled = turned(20, lr=0.1)[1], turned(20, 1e-4, lr=0.1)[1]
     torch.testing.assert_close(plain, scaled, rtol=1e-4, atol=1e-5)

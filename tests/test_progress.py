@@ -28,7 +28,7 @@ from textual_inversion.report import (
     what_was_learned,
 )
 from textual_inversion.state import fingerprint
-from textual_inversion.training import Choice, learning_rate_factor
+from textual_inversion.training import Choice, learning_rate_factor, still_improving
 
 ROWS = 16
 
@@ -403,9 +403,38 @@ def test_report_tells_chance_from_learning_and_how_it_ended(trainable):
     progress = last.progress
     assert ("Nothing was measurably learned" in what_was_learned(progress, "'toy'")) == (not progress.gain.certain)
     assert progress.gain.certain == (progress.gain.mean > CERTAIN * progress.gain.error)
-    assert "Ended at the upper bound" in how_it_ended(progress, config)
-    assert ("raise steps and run again" in how_it_ended(progress, config)) == (progress.flat == 0)
-    assert "run again" not in how_it_ended(progress, TrainConfig(steps=4, patience=0)), "such a run cannot go on"
+    for without_progress in (0, 2):
+        ended = replace(progress, flat=without_progress)
+        assert "Ended at the upper bound" in how_it_ended(ended, config), "also where it would have ended by itself"
+        assert still_improving(ended, config) == (without_progress == 0)
+        assert "run again" not in how_it_ended(ended, config), "only the node keeps what such a run needs to go on"
+    assert "raise steps and run again" in how_it_ended(progress, config, waits=True)
+    assert "before the word began" in how_it_ended(replace(progress, began=9), config, waits=True)
+    assert not still_improving(progress, TrainConfig(steps=4, patience=0)), "such a run cannot go on"
+    assert not still_improving(replace(progress, flat=0), TrainConfig(steps=4, schedule="cosine"))
+
+
+@pytest.mark.parametrize(("captions", "number"), [((), 8), (["a photo of {}"], 3)])
+def test_report_of_a_run_that_was_stopped_early(trainable, captions, number):
+    """Where everything stands still at first, nothing is said of the model or the pictures."""
+    model, start = trainable
+    config = TrainConfig(steps=100, batch_size=1)
+    dataset, embedding, steps = start(config, captions)
+    last = next(steps.send(True) for step in steps if step.number == number)
+    assert last.best_step == number
+    text = report(model, dataset, config, embedding, last, "'toy'")
+    assert "has no influence" not in text
+    assert "Nothing was measurably learned" in text
+    assert "Try next: more steps" in text
+
+
+def test_an_unfinished_run_with_fewer_steps_keeps_what_it_learned(trainable):
+    _, start = trainable
+    config = TrainConfig(steps=100, evaluate_every=50, batch_size=1)
+    saved = next(step for step in start(config, ["a photo of {}"])[2] if step.number == 20).state.to_dict()
+    dataset, embedding, _ = start(config, ["a photo of {}"])
+    (last,) = train(trainable[0], embedding.trainable(), dataset, replace(config, steps=10), saved)
+    assert (last.number, last.progress.evaluated_step, last.best_step) == (20, 20, 20)
 
 
 @pytest.mark.parametrize("patience", [0, 2])

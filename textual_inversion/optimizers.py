@@ -60,6 +60,11 @@ def _groups(tokens: TrainedTokens) -> list[dict]:
 
 
 def _sphere(tokens: TrainedTokens, config: TrainConfig, rate: float) -> torch.optim.Optimizer:
+    if any((vectors.norm(dim=1) == 0).any() for vectors in tokens.concept.parameters()):
+        raise UserError(
+            "A vector of the embedding to train further is zero, which sphere cannot rotate: choose optimizer adamw, "
+            "or another embedding."
+        )
     concept, *per_image = _groups(tokens)
     concept["anchor_strength"] = config.editability
     return Sphere([concept, *per_image], rate, config.momentum)

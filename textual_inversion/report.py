@@ -18,7 +18,7 @@ from .optimizers import OPTIMIZERS, learning_rate
 from .pictures import LeftOut
 from .prompts import place_trigger
 from .state import Progress
-from .training import Step, earliest_end, finished, still_improving
+from .training import Step, earliest_end
 
 # Prompts that training does not use, to see what the embedding does to the words beside it.
 UNSEEN = ("{} on the beach", "{} in the snow at night", "a red {} wearing a hat", "a drawing of {} and a dog")
@@ -61,7 +61,8 @@ def report(
     ``left_out`` are files beside the pictures that were not used.
     """
     learned, progress = last.best, last.progress
-    steps = f"{last.number} steps of {config.batch_size * config.accumulation} pictures"
+    pictures = config.batch_size * config.accumulation
+    steps = f"{last.number} steps of {pictures} picture{'s' if pictures > 1 else ''}"
     unaffected = 1 - drift(model, start, learned)
     lines = [
         f"{config.trigger}: {learned.describe()}, learned from {pictures_used(dataset)}, initialized from {origin}.",
@@ -106,11 +107,14 @@ def _left_out(files: Sequence[LeftOut]) -> list[str]:
     return lines + ([f"Left out {len(files) - MOST_NAMED} more files."] if len(files) > MOST_NAMED else [])
 
 
-def how_it_ended(progress: Progress, config: TrainConfig) -> str:
-    """What ended a run that nobody stopped, and whether more steps would help."""
-    if finished(progress, config):
+def how_it_ended(progress: Progress, config: TrainConfig, waits: bool = False) -> str:
+    """What ended a run that nobody stopped, and whether more steps would help.
+
+    ``waits``: with more steps the same run goes on from here.
+    """
+    if progress.step < config.steps:
         return "Ended by itself: the last steps brought nothing measurable, and more would hardly help."
-    if still_improving(progress, config):
+    if waits and progress.step > progress.began:
         return "Ended at the upper bound, still improving: raise steps and run again to go on."
     return f"Ended at the upper bound. {more_steps(progress, config)}"
 
@@ -119,13 +123,17 @@ def more_steps(progress: Progress, config: TrainConfig) -> str:
     """Whether more steps would have helped a run that ended here."""
     if progress.step <= progress.began > 0:
         return "It ended before the word began to learn: more steps would help."
-    # Where training may end by itself there is enough to tell.
-    endless = replace(config, steps=MOST_STEPS, patience=max(1, config.patience))
-    if progress.step < earliest_end(progress, endless):
+    if _too_early(progress, config):
         return "It was too early to tell whether more steps would help."
     if progress.flat == 0:
         return "It was still improving: more steps would help."
     return "The last steps brought nothing measurable: more would hardly help."
+
+
+def _too_early(progress: Progress, config: TrainConfig) -> bool:
+    """Where training may end by itself there is enough to tell."""
+    endless = replace(config, steps=MOST_STEPS, patience=max(1, config.patience))
+    return progress.step < earliest_end(progress, endless)
 
 
 def what_was_learned(progress: Progress, origin: str) -> str:
@@ -171,7 +179,8 @@ def about_vectors(
 ) -> str:
     """The words nearest to the vectors of text encoder ``key``, and whether they drown others or have no influence."""
     vectors, vocabulary = last.best.vectors[key], model.vocabularies()[key]
-    if last.best_step > 0 and torch.equal(vectors, start.vectors[key]):
+    still = [encoder for encoder, rows in last.best.vectors.items() if torch.equal(rows, start.vectors[encoder])]
+    if key in still and len(still) < len(start.vectors):  # at first all of them stand still
         return f"{key} has no influence on this model's pictures: its vectors are still those of {origin}."
     (nearest,) = vocabulary.nearest(vectors.mean(0, keepdim=True), 5)
     text = f"Nearest words of {key}: {', '.join(f'{word} {cosine:.2f}' for word, cosine in nearest)}."
@@ -185,6 +194,8 @@ def what_to_try(progress: Progress, config: TrainConfig, unaffected: float) -> s
     """The one change that is most likely to make the word better; empty where nothing asks for one."""
     if not progress.gain.certain and config.learning_rate and unusual_rate(config):
         return "learning_rate 0 (Settings), which chooses the usual one."
+    if not progress.gain.certain and _too_early(progress, config):
+        return "more steps: the run was too short to tell what the pictures teach."
     if not progress.gain.certain:
         return "captions with {} where the thing is named, another initializer, or pictures that have more in common."
     if unaffected < GOOD:

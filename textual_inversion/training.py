@@ -228,8 +228,9 @@ def finished(progress: Progress, config: TrainConfig) -> bool:
 
 
 def still_improving(progress: Progress, config: TrainConfig) -> bool:
-    """Whether training ended only because it reached ``steps``."""
-    return config.patience > 0 and progress.step >= config.steps and progress.flat == 0
+    """Whether training ended only because it reached ``steps``, and would go on with more: cosine has come to 0."""
+    improving = config.patience > 0 and progress.flat == 0
+    return improving and progress.step >= config.steps and config.schedule != "cosine"
 
 
 def earliest_end(progress: Progress, config: TrainConfig) -> int:
@@ -276,7 +277,7 @@ def _evaluate_if_due(state: TrainState, evaluator: Evaluator, config: TrainConfi
     step, began = state.progress.step, state.progress.began
     apart = step - state.progress.evaluated_step
     due = step > began and apart >= evaluator.steps_apart(step)
-    return _evaluate(state, evaluator) if apart and (due or step in (began, config.steps)) else None
+    return _evaluate(state, evaluator) if apart and (due or step == began or step >= config.steps) else None
 
 
 def _evaluate(state: TrainState, evaluator: Evaluator) -> float:
