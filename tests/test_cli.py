@@ -157,6 +157,30 @@ def test_converting_to_where_nothing_can_be_written(tmp_path):
     assert done.stderr == "error: file cannot be written to (File exists): choose another --output.\n"
 
 
+def test_a_slash_at_the_end_means_a_folder(tmp_path):
+    """Also one that is not there; without the slash it is the file's name."""
+    save_file({"<s1>": torch.ones(2, 768), "<s2>": torch.ones(2, 768)}, tmp_path / "words.safetensors")
+    done = call("convert", "words.safetensors", "--to", "a1111", "--output", "new/", folder=tmp_path)
+    assert done.stdout.split() == ["new/s1.pt", "new/s2.pt"], done.stderr
+    one = ("--word", "<s1>", "--output", "more/in/")
+    done = call("convert", "words.safetensors", "--to", "a1111", *one, folder=tmp_path)
+    assert done.stdout.split() == ["more/in/words.pt"], done.stderr
+    done = call("convert", "words.safetensors", "--to", "a1111", "--output", "words.safetensors/", folder=tmp_path)
+    assert done.stderr == "error: words.safetensors cannot be written to (File exists): choose another --output.\n"
+
+
+def test_a_name_that_no_file_can_have(tmp_path):
+    """Windows reserves some, which others have."""
+    save_file({"clip_l": torch.ones(2, 768)}, tmp_path / "con.safetensors")
+    save_file({"nul": torch.ones(2, 768), "dog": torch.ones(2, 768)}, tmp_path / "words.safetensors")
+    for name, said in (("con", "'con.safetensors'"), ("words", "'nul'")):
+        done = call("convert", f"{name}.safetensors", "--to", "a1111", folder=tmp_path)
+        one = "--word nul and " if name == "words" else ""
+        assert done.stderr == (
+            f"error: {said} cannot be the name of a file: choose another name with {one}--output.\n"
+        )  # fmt: skip
+
+
 def test_several_words_of_one_file(tmp_path):
     words = {f"bundle_emb.<s{n}>.clip_l": torch.full((n, 768), float(n)) for n in (1, 2)}
     save_file(words, tmp_path / "lora.safetensors")
@@ -169,7 +193,7 @@ def test_several_words_of_one_file(tmp_path):
         assert load_file(tmp_path / f"s{n}.safetensors")["clip_l"].tolist() == [[n] * 768] * n
     done = call("convert", "lora.safetensors", "--to", "comfyui", "--output", "one.safetensors", folder=tmp_path)
     assert done.stderr == (
-        "error: lora.safetensors contains <s1>, <s2>: choose one with --word, or a folder that is there as --output.\n"
+        "error: lora.safetensors contains <s1>, <s2>: choose one with --word, or a folder, NAME/, as --output.\n"
     )
 
 
@@ -235,6 +259,8 @@ def test_output_may_be_a_folder(model, tmp_path):
     done = call("train", "--model", model, "--images", PICTURES, *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "words/toy-2.safetensors"
+    done = call("train", "--model", model, "--images", PICTURES, *options[:-1], "new/", folder=tmp_path)
+    assert done.stdout.strip() == "new/toy.safetensors", done.stderr
 
 
 def test_a_folder_that_goes_away_meanwhile_loses_nothing(model, tmp_path):

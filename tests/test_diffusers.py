@@ -466,7 +466,7 @@ def test_loads_folders_and_single_files_without_network(tmp_path, offline):
 
     with pytest.raises(UserError, match="give a diffusers folder of the same family"):
         DiffusersModel.load(file)
-    with pytest.raises(UserError, match="There is no model"):
+    with pytest.raises(UserError, match=r"There is no model at .*: give a diffusers folder, or a \.safetensors"):
         DiffusersModel.load(tmp_path / "missing", configs)
     with pytest.raises(UserError, match="cannot be loaded"):
         DiffusersModel.load(tmp_path)

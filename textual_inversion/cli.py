@@ -17,7 +17,7 @@ from PIL import Image
 
 from . import formats, inspection, processes
 from .config import TrainConfig
-from .console import print_files, say, target
+from .console import is_folder, print_files, say, target, typed_path
 from .dataset import GRID
 from .devices import fastest_dtype, usable_device
 from .embedding import Embedding
@@ -33,6 +33,16 @@ if TYPE_CHECKING:
 
 app = tyro.extras.SubcommandApp()
 TriggerOption = Annotated[str, tyro.conf.arg(aliases=("--word",))]
+TypedPath = Annotated[
+    Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: typed_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
 MOST_SEED = 2**64 - 1
 INTERRUPTED = 128 + signal.SIGINT  # exit code of programs that Ctrl-C ends
 
@@ -81,7 +91,7 @@ def train_command(
     pipeline: tyro.conf.OmitArgPrefixes[Pipeline],
     images: Path,
     settings: tyro.conf.OmitArgPrefixes[Settings],
-    output: Path | None = None,
+    output: TypedPath | None = None,
     format: FormatName = "comfyui",
     existing: Existing = "skip",
 ) -> None:
@@ -99,9 +109,9 @@ def train_command(
 
     Args:
         images: Folder of 3 to 5 pictures, or of such folders.
-        output: The file to write, or a folder that is there; the format decides the suffix. Default: the trigger
-            word. An existing file is never overwritten: the next one is called NAME-2. Of a library: the folder of
-            the files, by default LIBRARY-embeddings.
+        output: The file to write, or a folder, which is there or ends in a slash; the format decides the suffix.
+            Default: the trigger word. An existing file is never overwritten: the next one is called NAME-2. Of a
+            library: the folder of the files, by default LIBRARY-embeddings.
         format: The tool that will read the file. comfyui also works for A1111, Forge, kohya and InvokeAI.
         existing: Of a library: skip concepts whose file is there already, or learn them again and replace it.
     """
@@ -133,7 +143,7 @@ def inspect(file: tyro.conf.Positional[Path], partner: Path | None = None, trigg
 def convert(
     file: tyro.conf.Positional[Path],
     to: FormatName,
-    output: Path | None = None,
+    output: TypedPath | None = None,
     partner: Path | None = None,
     trigger: TriggerOption = "",
     picture: Path | None = None,
@@ -143,20 +153,25 @@ def convert(
     Args:
         file: safetensors, pt, bin, or a PNG with an embedding.
         to: The tool that will read it.
-        output: The new file, or a folder; the format decides the suffix. Default: the name of the old one, and the
-            words themselves where it contains several.
+        output: The new file, or a folder, which is there or ends in a slash; the format decides the suffix.
+            Default: the name of the old one, and the words themselves where it contains several.
         partner: The second of two files that diffusers wrote for SDXL.
         trigger: Which embedding to take from a file that contains several. Default: all.
         picture: The picture of a PNG card.
     """
     found = _read(file, partner, trigger)
     several = len(found) > 1
-    if several and output and not output.is_dir():
+    if several and output and not is_folder(output):
         words = listed(embedding.trigger for embedding in found)
-        raise UserError(f"{file.name} contains {words}: choose one with --word, or a folder that is there as --output.")
+        raise UserError(f"{file.name} contains {words}: choose one with --word, or a folder, NAME/, as --output.")
     shown = _picture(picture).convert("RGB") if picture else None
     for embedding in found:
-        new = target(output or file.parent, embedding.trigger) if several else target(output or file, file.name)
+        name, place = (embedding.trigger, output or file.parent) if several else (file.name, output or file)
+        try:
+            new = target(place, name)
+        except UserError as error:
+            problem, one = str(error).rpartition(": ")[0], f"--word {name} and " if several else ""
+            raise UserError(f"{problem}: choose another name with {one}--output.") from error
         try:
             files = formats.write_new(embedding, *new, to, shown)
         except OSError as error:

@@ -47,7 +47,7 @@ def load_pipeline(path: Path, config: Path | None = None, dtype: torch.dtype = t
         UserError: a file is missing or does not fit, or the family is not supported.
     """
     if not path.exists():
-        raise UserError(f"There is no model at {path}.")
+        raise UserError(f"There is no model at {path}: give a diffusers folder, or a .safetensors checkpoint.")
     if config and not config.is_dir():  # diffusers would take it for a name on the Hub
         raise UserError(f"{config} is not a folder: give a diffusers folder of the same family as {path}.")
     folder = path if path.is_dir() else config or _cached_configs(path)
