@@ -148,7 +148,7 @@ def _state_files(workflow: str, node: str, concepts: Sequence[Concept], request:
     prints = [
         fingerprint(
             replace(request.config, trigger=concept.trigger),
-            [request.base_model, *concept.captions],
+            [request.base_model, *concept.captions, *concept.beside],
             [*concept.images, *concept.masks, *given],
         )
         for concept in concepts

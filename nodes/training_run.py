@@ -74,10 +74,10 @@ def learn_all(model: ComfyModel, runs: Sequence[TrainingRun], at_once: int) -> N
 
 
 def remove_state(run: TrainingRun) -> None:
-    """Removes the state of a run that is done, unless with more steps it goes on from there."""
+    """Removes the state of a run that is done, unless nobody stopped it and with more steps it goes on from there."""
     with run.notes.side_job("The saved state of this run cannot be removed"):
         run.state_file.remove()
-    if run.last and still_improving(run.last.progress, run.config):
+    if run.last and not run.stopped and still_improving(run.last.progress, run.config):
         run.save(run.last, done=True)
 
 

@@ -102,6 +102,25 @@ def test_the_scale_that_works_is_kept(graph):
     assert halvings == [halvings[0]] * 3
 
 
+def test_a_gradient_that_no_scale_helps_leaves_the_scale(graph):
+    """Otherwise all later ones would underflow."""
+    size = [torch.nan]
+    fragile = changed(graph, lambda values, _number: _Half.apply(values, size[0]))
+    model = ComfyModel(*fragile)
+    batch = fixed_batches(prepared(SD1, model, CONFIG), CONFIG)[0]
+    with model.training() as trainable:
+        word = initial_embedding(trainable.vocabularies(), "S*", "toy", 1).trainable()
+        share = Share(TrainedTokens(word), [batch])
+        compute_gradients(trainable, share)
+        assert not share.finite
+        size[0] = 2.0**-12
+        compute_gradients(trainable, share)
+        (found,) = (vectors.grad for vectors in word.parameters())
+    exact, _ = gradient(graph)
+    assert found is not None
+    assert torch.nn.functional.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.999
+
+
 def test_the_search_finds_the_same_word_in_half_precision(graph):
     """Its gradient once was that of a mean, which is nothing in fp16."""
 

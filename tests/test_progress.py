@@ -377,19 +377,21 @@ def test_stopping_keeps_what_was_learned_since_the_last_evaluation(trainable):
     assert next(steps, None) is None
 
 
-@pytest.mark.parametrize("chosen", [2, 5, 7])
+@pytest.mark.parametrize("chosen", [0, 2, 5, 7])
 def test_vectors_chosen_by_hand_are_kept_whatever_their_loss_is(trainable, chosen):
     """Before, at and after an evaluation; the loss that is told is theirs."""
     model, start = trainable
     config = TrainConfig(steps=100, evaluate_every=5, batch_size=1, patience=0)
     dataset, _, steps = start(config, ["a photo of {}"])
     for step in steps:
+        before = step.progress.initial_loss
         if step.number == chosen:
             choice = Choice(chosen, step.state.tokens.concept.snapshot())
         if step.number == 7:
             last = steps.send(choice)
             break
     assert (last.number, last.best_step) == (7, chosen)
+    assert last.progress.initial_loss == before, "by which a resumed run knows the model"
     assert all(torch.equal(last.best.vectors[key], vectors) for key, vectors in choice.vectors.vectors.items())
     rows = [fixed_losses(model, [choice.vectors], fixed_batches(dataset, config, block=0))]
     assert last.fixed_loss == last.best_loss == pytest.approx(torch.cat(rows).mean().item())

@@ -5,16 +5,21 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import folder_paths
 import pytest
 import torch
 from kill_and_resume import graph, kill_at, learned, node
-from ti_pack.nodes.state_file import DAY, MOST_DAYS, MOST_STATES, StateFile, sweep  # pyright: ignore[reportMissingImports]  made by conftest.py
+from ti_pack.nodes.concept_run import Notes, Request  # pyright: ignore[reportMissingImports]  made by conftest.py
+from ti_pack.nodes.state_file import DAY, MOST_DAYS, MOST_STATES, StateFile, sweep  # pyright: ignore[reportMissingImports]
+from ti_pack.nodes.train import _state_files  # pyright: ignore[reportMissingImports]
+from ti_pack.nodes.training_run import remove_state  # pyright: ignore[reportMissingImports]
 
 from demo.measure import CONCEPTS
 from dev.comfyui_server import ComfyServer
-from textual_inversion import Embedding, UserError, formats
+from textual_inversion import Embedding, PreviewConfig, TrainConfig, UserError, formats
+from textual_inversion.library import by_concept
 
 OTHERS = "Started over: settings, pictures, the model or the node pack changed since the unfinished run, which is kept."
 
@@ -214,6 +219,34 @@ def test_states_that_nobody_goes_on_with_are_swept(folder, caplog):
     caplog.clear()
     sweep([StateFile("owner", "own")], [])
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("stopped", ["", "Stopped by hand."])
+def test_a_run_stopped_in_its_last_step_does_not_wait_for_more(folder, stopped):
+    """It would end at once however often steps are raised."""
+    progress, kept = SimpleNamespace(step=12, flat=0), []
+    live = SimpleNamespace(record=SimpleNamespace(state="done"))
+    run = SimpleNamespace(
+        notes=Notes(live),  # pyright: ignore[reportArgumentType]
+        state_file=StateFile("owner", "run"),
+        last=SimpleNamespace(progress=progress),
+        config=TrainConfig(steps=12),
+        stopped=stopped,
+        save=lambda last, done: kept.append(done),
+    )
+    remove_state(run)
+    assert kept == ([] if stopped else [True])
+
+
+def test_a_run_beside_others_is_another_run():
+    """Their words in its captions are vectors there, and text where they are not learned."""
+    images, request = [torch.zeros(1, 8, 8, 3)] * 2, Request(TrainConfig(), PreviewConfig(), None, "model")
+    captions = ["{} next to <cat>", ""]
+    words = (["<dog>", "<cat>"], ["<dog>", "<fox>"])
+    both, other = (by_concept(some, images, [], captions, "object") for some in words)
+    alone = by_concept(["<dog>"], images[:1], [], captions[:1], "object")
+    prints = [_state_files("", "1", concepts, request)[0].fingerprint for concepts in (both, other, alone)]
+    assert prints[0] != prints[1] == prints[2]
 
 
 def test_finishing_one_run_leaves_the_others(folder):

@@ -51,6 +51,7 @@ def compute_gradients(model: TrainableModel, *shares: Share, processes: Processe
     def run() -> list[float]:
         return _accumulate(model, shares, processes)
 
+    before = [share.halvings for share in shares]
     while True:
         losses = with_checkpointing_if_out_of_memory(model, run) if len(shares) == 1 else run()
         overflowed = [
@@ -59,9 +60,13 @@ def compute_gradients(model: TrainableModel, *shares: Share, processes: Processe
             if math.isfinite(loss) and not share.finite and share.halvings < MOST_HALVINGS
         ]
         if not overflowed:
-            return losses
+            break
         for share in overflowed:
             share.halvings += 1
+    for share, halvings in zip(shares, before, strict=True):
+        if share.halvings > halvings and not share.finite:  # no scale helps, and later gradients would underflow
+            share.halvings = halvings
+    return losses
 
 
 def _accumulate(model: TrainableModel, shares: Sequence[Share], processes: Processes) -> list[float]:

@@ -195,7 +195,7 @@ def what_to_try(progress: Progress, config: TrainConfig, unaffected: float) -> s
     if not progress.gain.certain and config.learning_rate and unusual_rate(config):
         return "learning_rate 0 (Settings), which chooses the usual one."
     if not progress.gain.certain and _too_early(progress, config):
-        return "more steps: the run was too short to tell what the pictures teach."
+        return "more steps, since this run was too short to tell."
     if not progress.gain.certain:
         return "captions with {} where the thing is named, another initializer, or pictures that have more in common."
     if unaffected < GOOD:

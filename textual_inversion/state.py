@@ -52,7 +52,7 @@ class Progress:
 
     @property
     def best_evaluation(self) -> Evaluation:
-        return next(evaluation for evaluation in self.evaluations if evaluation.step == self.best_step)
+        return next(evaluation for evaluation in reversed(self.evaluations) if evaluation.step == self.best_step)
 
     @property
     def best_loss(self) -> float:

@@ -304,7 +304,8 @@ def _evaluate(state: TrainState, evaluator: Evaluator) -> float:
 
 def _keep(choice: Choice, state: TrainState, evaluator: Evaluator) -> float:
     """Makes the chosen vectors the best ones, and returns their fixed loss beside the per-image tokens of now."""
-    others = tuple(evaluation for evaluation in state.progress.evaluations if evaluation.step != choice.step)
+    first, *later = state.progress.evaluations  # the first one stays: it tells whether the model is still the same
+    others = (first, *(evaluation for evaluation in later if evaluation.step != choice.step))
     tokens = replace(state.ema, concept=choice.vectors)
     chosen = evaluator.evaluate(choice.step, tokens, others)
     state.progress = replace(state.progress, evaluations=(*others, chosen), best=choice.vectors, best_step=choice.step)
