@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_pack import weights_hash
 
-from textual_inversion import TrainConfig, TrainingError, TrainingStopped, initial_embedding, train
+from textual_inversion import TrainConfig, TrainingError, TrainingStopped, UserError, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel
 from textual_inversion.dataset import (
     Dataset,
@@ -16,10 +16,12 @@ from textual_inversion.dataset import (
     make_dataset,
     training_batches,
 )
+from textual_inversion.image_tokens import IMAGE_TEMPLATES
 from textual_inversion.objective import batch_loss, denoising_losses
 from textual_inversion.optimizers import OPTIMIZERS
 from textual_inversion.report import pictures_used
 from textual_inversion.state import load_state, save_state
+from textual_inversion.training import check_prompts
 
 
 def learn(graph, images, config, captions=(), masks=(), on_step=lambda step: None, saved=None):
@@ -171,6 +173,20 @@ def test_distinct_prompts_cost_one_forward_pass(graph, pictures):
     finally:
         handle.remove()
     assert calls == [4]
+
+
+def test_prompts_of_many_pictures_are_checked_in_a_moment(graph, monkeypatch):
+    """It took ten seconds, in which nothing could be cancelled."""
+    images, config, calls = [torch.rand(1, 64, 64, 3)] * 200, TrainConfig(per_image_tokens=2), []
+    model = ComfyModel(*graph)
+    dataset = make_dataset(lambda _: [torch.zeros(4, 8, 8)] * 200, images, [], ["one {}", "a {}"] + [""] * 198, config)
+    plain = ComfyModel.check_prompts
+    monkeypatch.setattr(ComfyModel, "check_prompts", lambda *given: calls.append(given[1:]) or plain(*given))
+    with model.training() as trainable:
+        check_prompts(trainable, initial_embedding(trainable.vocabularies(), "S*", "toy", 2), dataset, config)
+        assert [len(embeddings) for _, *embeddings in calls] == [1, 1] + [2] * len(IMAGE_TEMPLATES["object"])
+        with pytest.raises(UserError, match=r"on a \.\.\. background' has no room for"):
+            check_prompts(trainable, initial_embedding(trainable.vocabularies(), "S*", "toy", 70), dataset, config)
 
 
 def test_several_shapes_in_one_run(graph):

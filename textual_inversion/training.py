@@ -410,11 +410,15 @@ def _trained_tokens(
 
 
 def _check_prompts(model: TrainableModel, tokens: TrainedTokens, dataset: Dataset) -> None:
-    per_image = {embedding.trigger: embedding for embedding in tokens.per_image}
-    for prompts, trigger in zip(dataset.prompts, dataset.image_triggers, strict=True):
-        for prompt in prompts:
-            beside = [other for other in tokens.beside if has_trigger(prompt, other.trigger)]
-            model.check_prompts([prompt], tokens.concept, *([per_image[trigger]] if trigger else []), *beside)
+    images = tokens.per_image[:1]  # all of them take the same room, so the prompts of one stand for those of all
+    checked = {
+        prompt.replace(trigger, images[0].trigger) if trigger else prompt: images if trigger else ()
+        for prompts, trigger in zip(dataset.prompts, dataset.image_triggers, strict=True)
+        for prompt in prompts
+    }
+    for prompt, image in checked.items():
+        beside = [other for other in tokens.beside if has_trigger(prompt, other.trigger)]
+        model.check_prompts([prompt], tokens.concept, *image, *beside)
 
 
 def _check_gradients(model: TrainableModel, tokens: TrainedTokens, batch: Batch) -> None:
