@@ -110,6 +110,18 @@ def test_a_gain_is_judged_beside_the_same_tokens():
     assert gain([lucky(0, 16, 1.0), few, others, late], late).certain
 
 
+def test_a_row_that_overflows_in_half_precision_decides_nothing():
+    start, half, last = evaluation(0, 1.0), evaluation(50, 0.7), evaluation(100, 0.5)
+    clean = gain([start, half, last], last)
+    for number, loss in ((3, math.nan), (5, math.inf)):
+        last.initial[number] = last.learned[number] = half.learned[number] = loss
+    spoiled = gain([start, half, last], last)
+    assert spoiled.certain
+    assert spoiled.mean == pytest.approx(clean.mean, rel=0.01)
+    assert math.isfinite(last.loss)
+    assert not flat([start, half, last], 0)
+
+
 def test_embedding_that_took_in_the_background_does_not_look_good():
     """The per-image tokens hand the background over: beside them the initializer gets worse, and nothing is gained."""
     honest, fooled = evaluation(20, 0.50, initial=0.52), evaluation(60, 0.48, initial=2.0)

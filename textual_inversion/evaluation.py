@@ -31,7 +31,7 @@ MOST_BLOCKS = 16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses of the first of the fixed rows after ``step`` steps, (rows,) each."""
+    """Losses of the first of the fixed rows after ``step`` steps, (rows,) each; not finite where fp16 overflowed."""
 
     step: int
     initial: Tensor
@@ -41,7 +41,7 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        return self.learned.mean().item()
+        return _mean(self.learned)
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,18 @@ class Difference:
     def of(cls, larger: Tensor, smaller: Tensor) -> "Difference":
         rows = min(len(larger), len(smaller))
         difference = larger[:rows] - smaller[:rows]
-        error = difference.std().item() / math.sqrt(rows) if rows > 1 else math.inf
-        return cls(difference.mean().item(), error)
+        difference = difference[difference.isfinite()]
+        error = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+        return cls(_mean(difference), error)
 
     @property
     def certain(self) -> bool:
         """Whether it is more than nothing, and not by chance."""
         return self.mean > CERTAIN * self.error
+
+
+def _mean(losses: Tensor) -> float:
+    return losses[losses.isfinite()].mean().item()
 
 
 def fairest(evaluations: Sequence[Evaluation], at: Evaluation) -> Evaluation:
@@ -73,7 +78,7 @@ def fairest(evaluations: Sequence[Evaluation], at: Evaluation) -> Evaluation:
     """
     better = [other for other in evaluations if Difference.of(at.initial, other.initial).certain]
     rows = min((len(other.initial) for other in better), default=0)
-    return min(better, key=lambda other: other.initial[:rows].mean().item(), default=at)
+    return min(better, key=lambda other: _mean(other.initial[:rows]), default=at)
 
 
 def gain(evaluations: Sequence[Evaluation], at: Evaluation) -> Difference:

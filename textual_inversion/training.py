@@ -257,7 +257,7 @@ def _initial_state(
     if average is not None:
         ema = replace(ema, concept=average)
     first = evaluator.evaluate(0, ema, ())
-    if not math.isfinite(first.loss):
+    if not first.learned.isfinite().all():
         raise TrainingError(
             "The loss is not a number before the first step: this model or VAE overflows in its "
             "precision. Try a bf16 or fp32 model, or a VAE that works in fp16."
