@@ -334,7 +334,7 @@ def test_tokens_start_at_words_as_far_as_there_are_gradients(trainable, monkeypa
     [
         ("object", 1.0, 3000, (120, 120)),
         ("face", 0.16, 3000, (120, 150)),
-        ("object", 0.0001, 3000, (120, 300)),
+        ("object", 0.0001, 3000, (120, 424)),
         ("style", 0.25, 3000, (30, 30)),
         ("style", 0.25, 80, (20, 20)),
         ("object", 0.25, 40, (10, 10)),

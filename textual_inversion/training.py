@@ -47,9 +47,9 @@ MEASURED_SHARE = 1 / 20  # of all steps, where they are few
 # Steps after the head start before which training may not end by itself: where all gradients agree, otherwise divided
 # by the root of the agreement; and where the evaluations are too noisy to tell whether there is progress.
 STEPS_TO_TELL = 100
+LEAST_AGREEMENT_TO_TELL = 0.04
 MOST_STEPS_TO_TELL = 700
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
-LEAST_FIRST_AGREEMENT = 0.04  # those of the first steps, which are fewer
 
 MOST_SKIPPED = 8  # batches in a row whose loss or gradient is not a number
 
@@ -240,7 +240,7 @@ def earliest_end(progress: Progress, config: TrainConfig) -> int:
     """
     if config.patience == 0:
         return config.steps
-    enough = STEPS_TO_TELL / math.sqrt(max(progress.agreement, LEAST_FIRST_AGREEMENT))
+    enough = STEPS_TO_TELL / math.sqrt(max(progress.agreement, LEAST_AGREEMENT_TO_TELL))
     if progress.flat and not well_known(progress.evaluations, progress.began):
         enough = max(enough, MOST_STEPS_TO_TELL)
     return min(config.steps, max(progress.step, progress.began + math.ceil(enough)))
@@ -269,7 +269,7 @@ def _initial_state(
 
 def _head_start(agreement: float, config: TrainConfig) -> int:
     """Steps in which only the per-image tokens learn."""
-    long = max(LEAST_HEAD_START, HEAD_START / math.sqrt(max(agreement, LEAST_FIRST_AGREEMENT)))
+    long = max(LEAST_HEAD_START, HEAD_START / math.sqrt(max(agreement, LEAST_AGREEMENT)))
     return int(min(HEAD_START_OF_STYLES if config.kind == "style" else long, config.steps * HEAD_START_SHARE))
 
 
