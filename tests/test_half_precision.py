@@ -1,5 +1,7 @@
 """Numbers that half precision has no room for: gradients that underflow or overflow, losses that are not a number."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from textual_inversion import TrainConfig, TrainingError, TrainingStopped, initial_embedding, train
 from textual_inversion.adapters.comfyui import ComfyModel
+from textual_inversion.adapters.protocol import TrainableModel
 from textual_inversion.dataset import fixed_batches
 from textual_inversion.gradients import Share, compute_gradients
 from textual_inversion.image_tokens import TrainedTokens
@@ -68,33 +71,39 @@ def learn(graph, config=CONFIG):
         return steps, report(trainable, dataset, config, start, steps[-1], "'toy'")
 
 
-def gradient(graph) -> tuple[Tensor, Share]:
+@contextmanager
+def sharing(graph) -> Iterator[tuple[TrainableModel, Share]]:
+    """The model in training, and a batch for a word."""
     model = ComfyModel(*graph)
     batch = fixed_batches(prepared(SD1, model, CONFIG), CONFIG)[0]
     with model.training() as trainable:
         word = initial_embedding(trainable.vocabularies(), "S*", "toy", 1).trainable()
-        share = Share(TrainedTokens(word), [batch])
+        yield trainable, Share(TrainedTokens(word), [batch])
+
+
+def gradient_of(share: Share) -> Tensor:
+    (found,) = (vectors.grad for vectors in share.tokens.parameters())
+    assert found is not None
+    return found.flatten()
+
+
+def gradient(graph) -> Tensor:
+    with sharing(graph) as (trainable, share):
         compute_gradients(trainable, share)
-        (found,) = (vectors.grad for vectors in word.parameters())
-        assert found is not None
-        return found, share
+        return gradient_of(share)
 
 
 @pytest.mark.parametrize("size", [2.0**-14, 2.0**-12, 1.0, 2.0**22])
 def test_gradient_neither_underflows_nor_overflows(graph, size):
     """Without a scale its cosine with the exact one is .2 at the first size and .84 at the second."""
-    exact, _ = gradient(graph)
-    found, _ = gradient(changed(graph, lambda values, _number: _Half.apply(values, size)))
-    assert torch.nn.functional.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.999
+    found = gradient(changed(graph, lambda values, _number: _Half.apply(values, size)))
+    assert torch.nn.functional.cosine_similarity(found, gradient(graph), dim=0) > 0.999
 
 
 def test_the_scale_that_works_is_kept(graph):
     overflowing = changed(graph, lambda values, _number: _Half.apply(values, 2.0**20))
-    model = ComfyModel(*overflowing)
-    batch = fixed_batches(prepared(SD1, model, CONFIG), CONFIG)[0]
-    with model.training() as trainable:
-        word = initial_embedding(trainable.vocabularies(), "S*", "toy", 1).trainable()
-        share, halvings = Share(TrainedTokens(word), [batch]), []
+    halvings = []
+    with sharing(overflowing) as (trainable, share):
         for _ in range(3):
             compute_gradients(trainable, share)
             halvings.append(share.halvings)
@@ -106,19 +115,13 @@ def test_a_gradient_that_no_scale_helps_leaves_the_scale(graph):
     """Otherwise all later ones would underflow."""
     size = [torch.nan]
     fragile = changed(graph, lambda values, _number: _Half.apply(values, size[0]))
-    model = ComfyModel(*fragile)
-    batch = fixed_batches(prepared(SD1, model, CONFIG), CONFIG)[0]
-    with model.training() as trainable:
-        word = initial_embedding(trainable.vocabularies(), "S*", "toy", 1).trainable()
-        share = Share(TrainedTokens(word), [batch])
+    with sharing(fragile) as (trainable, share):
         compute_gradients(trainable, share)
         assert not share.finite
         size[0] = 2.0**-12
         compute_gradients(trainable, share)
-        (found,) = (vectors.grad for vectors in word.parameters())
-    exact, _ = gradient(graph)
-    assert found is not None
-    assert torch.nn.functional.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.999
+        found = gradient_of(share)
+    assert torch.nn.functional.cosine_similarity(found, gradient(graph), dim=0) > 0.999
 
 
 def test_the_search_finds_the_same_word_in_half_precision(graph):

@@ -47,7 +47,7 @@ MEASURED_SHARE = 1 / 20  # of all steps, where they are few
 # Steps after the head start before which training may not end by itself: where all gradients agree, otherwise divided
 # by the root of the agreement; and where the evaluations are too noisy to tell whether there is progress.
 STEPS_TO_TELL = 100
-LEAST_AGREEMENT_TO_TELL = 0.04
+LEAST_AGREEMENT_TO_TELL = 0.04  # so 500 steps at most
 MOST_STEPS_TO_TELL = 700
 LEAST_AGREEMENT = 0.02  # lower estimates are mostly chance
 
